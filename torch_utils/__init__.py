@@ -1,0 +1,1 @@
+"""Helpers on top of torch: process group, per-sample random numbers, checkpoints, devices."""

@@ -1,0 +1,85 @@
+"""Networks and training states on disk: nothing here executes what it reads, and no name ever holds half a file.
+
+A network is one `.safetensors` file. Its header metadata holds, as JSON under the key `sfd`, the settings that are
+needed to use it: `network` (class and constructor arguments) and whatever its writer adds. A training state is a
+`torch.save` file of tensors and plain containers, read with `weights_only=True`.
+"""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Union
+
+import click
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dnnlib import replacing
+
+PathLike = Union[str, Path]
+METADATA_KEY = "sfd"
+
+
+def save_network(path: PathLike, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write a state dict and its JSON-serialisable `settings` as one `.safetensors` file, all or nothing."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(state, str(temporary), metadata={METADATA_KEY: json.dumps(settings)})
+
+
+def read_settings(path: PathLike) -> dict[str, Any]:
+    """The settings of a network file; its tensors are not read."""
+    with _open_network(path) as file:
+        return _parse_settings(path, file.metadata())
+
+
+def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a network file → (float32 state dict on the CPU, settings)."""
+    with _open_network(path) as file:
+        settings = _parse_settings(path, file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, settings
+
+
+def _open_network(path: PathLike) -> Any:
+    if not os.path.isfile(path):
+        raise click.ClickException(f"{path} does not exist; expected a .safetensors network file")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.ClickException(
+            f"{path} is not a readable network file ({reason}); it is truncated or was not written by train.py"
+        ) from None
+
+
+def _parse_settings(path: PathLike, metadata: Any) -> dict[str, Any]:
+    try:
+        settings = json.loads(metadata[METADATA_KEY])
+        if not isinstance(settings["network"], dict):
+            raise TypeError
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise click.ClickException(
+            f"{path} holds tensors without this program's settings; expected a file written by train.py or training.pretrain"
+        ) from None
+    return settings
+
+
+def save_state(path: PathLike, state: dict[str, Any]) -> None:
+    """Write a training state (tensors and plain containers), all or nothing."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_state(path: PathLike) -> dict[str, Any]:
+    """Read a training state to the CPU without executing anything."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise click.ClickException(f"{path} does not exist; expected a training state") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise click.ClickException(f"{path} is not a readable training state ({reason[:120]}); use an earlier one") from None

@@ -1,0 +1,1 @@
+"""Distillation and pre-training: configuration, conditions, data, loss and loops."""

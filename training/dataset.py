@@ -1,0 +1,102 @@
+"""Images in a folder or a zip archive, in the layout of EDM's data sets.
+
+PNG or JPEG files anywhere below the root, in the order of their names; `dataset.json` at the root may hold `labels`, a
+list of `[file name, class index]`.
+"""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Optional, Union
+
+import click
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+class ImageDataset:
+    """Random access to the images below `path`.
+
+    Args:
+        path: a folder (searched recursively) or a zip archive.
+
+    Raises:
+        click.ClickException: the path is missing, holds no image, or its labels do not match.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        self._archive: Optional[zipfile.ZipFile] = None
+        if self.path.is_dir():
+            files = (p for p in self.path.rglob("*") if p.is_file())
+            names = [p.relative_to(self.path).as_posix() for p in files]
+        elif zipfile.is_zipfile(self.path):
+            names = self._zip().namelist()
+        else:
+            raise click.ClickException(f"{path} is neither a folder nor a zip archive; expected one with images")
+        self.names = sorted(n for n in names if n.lower().endswith(EXTENSIONS))
+        if not self.names:
+            raise click.ClickException(f"{path} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
+        self.labels = self._read_labels() if "dataset.json" in names else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict:
+        # An open archive cannot cross into a worker process; each opens its own.
+        return {**self.__dict__, "_archive": None}
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes, 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    def load(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 `[C, H, W]`; a grey one has C = 1, any other mode becomes RGB."""
+        name = self.names[index]
+        try:
+            with Image.open(io.BytesIO(self._read(name))) as image:
+                pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, SyntaxError, ValueError) as error:
+            raise click.ClickException(f"{name} in {self.path} is not a readable image ({error})") from None
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def load_all(self) -> np.ndarray:
+        """All images as uint8 `[N, C, H, W]`; they must share one shape."""
+        first = self.load(0)
+        images = np.empty([len(self), *first.shape], dtype=np.uint8)
+        for index in range(len(self)):
+            image = self.load(index)
+            if image.shape != first.shape:
+                raise click.ClickException(
+                    f"{self.names[index]} in {self.path} has shape {image.shape}, the first image {first.shape}; "
+                    "resize and convert the images to one shape (channels, height, width)"
+                )
+            images[index] = image
+        return images
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._archive is None:
+            self._archive = zipfile.ZipFile(self.path)
+        return self._archive
+
+    def _read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes() if self.path.is_dir() else self._zip().read(name)
+
+    def _read_labels(self) -> Optional[np.ndarray]:
+        try:
+            pairs = json.loads(self._read("dataset.json"))["labels"]
+            if pairs is None:
+                return None
+            by_name = {name: int(label) for name, label in pairs}
+            labels = np.array([by_name[name] for name in self.names], dtype=np.int64)
+            if labels.min() < 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise click.ClickException(
+                f"dataset.json in {self.path} must hold `labels`: null or one [file name, class index] for each image"
+            ) from None
+        return labels
