@@ -5,21 +5,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Union
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it
+
 
 @contextmanager
-def replacing(path: Union[str, Path]) -> Iterator[Path]:
+def replacing(path: Union[str, Path], sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, remove it on failure.
 
-    The file is synced before it is renamed, so that a power loss leaves the old content or the new one. The temporary
-    name ends as `path` does (writers choose a format by the suffix) and carries the process id (two writers never share
-    one).
+    With `sync` the file reaches the disk before it is renamed, so that a power loss leaves the old content or the new
+    one; without, that holds for a killed process only, which is enough for one image of many. The temporary name ends
+    as `path` does (writers choose a format by the suffix) and carries the process id (two writers never share one).
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)  # some writers make private files
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,16 @@
+"""Networks, preconditioning, the registry of data sets, and loaders."""
+
+from .edm_unets import DhariwalUNet, SongUNet
+from .loading import load_student, load_teacher
+from .model import DiffusionModel, SamplingSettings
+from .precond import EDMPrecond
+
+__all__ = [
+    "DhariwalUNet",
+    "DiffusionModel",
+    "EDMPrecond",
+    "SamplingSettings",
+    "SongUNet",
+    "load_student",
+    "load_teacher",
+]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .edm_unets import DhariwalUNet, SongUNet
+from .unet_layers import UNetBlock
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
@@ -48,6 +49,16 @@ class EDMPrecond(nn.Module):
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.use_fp16 = use_fp16
         self.compute_dtype: Optional[torch.dtype] = None
+        #: What rebuilds this network, JSON-serialisable; noise limits are the registry's business.
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            use_fp16=use_fp16,
+            sigma_data=sigma_data,
+            model_type=model_type,
+            **model_kwargs,
+        )
         self.model = NETWORKS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
@@ -55,6 +66,12 @@ class EDMPrecond(nn.Module):
             label_dim=label_dim,
             **model_kwargs,
         )
+
+    def set_dropout(self, probability: float) -> None:
+        """Replace the dropout probability of every block."""
+        for block in self.modules():
+            if isinstance(block, UNetBlock):
+                block.dropout = probability
 
     def core_dtype(self, device: torch.device, force_fp32: bool = False) -> torch.dtype:
         """The dtype in which F runs on `device`."""
@@ -79,10 +96,10 @@ class EDMPrecond(nn.Module):
         number of timestamps (scalar, `[1]` or `[B]`) for a network built with `use_step_condition=True`.
         """
         x = x.float()
-        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
+        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
         labels = self._labels(class_labels, x.device)
         if step_condition is not None:
-            step_condition = torch.as_tensor(step_condition, dtype=torch.float32, device=x.device)
+            step_condition = _on_device(step_condition, x)
         total = (sigma.square() + self.sigma_data**2).sqrt()
         c_skip = self.sigma_data**2 / total.square()
         c_out = sigma * self.sigma_data / total
@@ -102,3 +119,10 @@ class EDMPrecond(nn.Module):
         if class_labels is None:
             return torch.zeros([1, self.label_dim], device=device)
         return class_labels.float().reshape(-1, self.label_dim)
+
+
+def _on_device(value: Union[Tensor, float], like: Tensor) -> Tensor:
+    """`value` as a float32 tensor beside `like`; a plain number is filled in on the device, which needs no copy."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    return torch.full((), float(value), dtype=torch.float32, device=like.device)

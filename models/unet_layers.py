@@ -76,10 +76,9 @@ class Conv2d(nn.Module):
         fans = (in_channels * kernel**2, out_channels * kernel**2)
         self.weight = nn.Parameter(init([out_channels, in_channels, kernel, kernel], *fans)) if kernel else None
         self.bias = nn.Parameter(init_bias([out_channels], *fans)) if kernel else None
-        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
-        self.register_buffer("resample_filter", _outer_filter(taps) if up or down else None)
-        # A 2-tap box filter is an average pool or a nearest-neighbour repeat, which cost far less than a grouped convolution.
-        self._is_box = len(taps) == 2 and bool(taps[0] == taps[1])
+        self.register_buffer("resample_filter", _outer_filter(resample_filter) if up or down else None)
+        # Two equal taps are an average pool or a nearest-neighbour repeat, which cost far less than a grouped convolution.
+        self._is_box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
 
     def _upsample(self, x: Tensor, padding: int) -> Tensor:
         if self._is_box:
@@ -111,8 +110,9 @@ class Conv2d(nn.Module):
         return x if self.weight is None else self._convolve(x, pad)
 
 
-def _outer_filter(taps: Tensor) -> Tensor:
+def _outer_filter(resample_filter: Sequence[float]) -> Tensor:
     """Normalised separable filter `[1, 1, k, k]`, the published buffer shape."""
+    taps = torch.tensor(resample_filter, dtype=torch.float32)
     return (torch.outer(taps, taps) / taps.sum().square())[None, None]
 
 
@@ -233,7 +233,11 @@ class UNetBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        # Published layout of the 3·C channels: head, then channel, then q/k/v.
-        q, k, v = self.qkv(x).reshape(b, self.num_heads, c // self.num_heads, 3, h * w).unbind(3)
+        # Published layout of the 3·C channels: head, then channel, then q/k/v. Softmax ignores what a key bias adds, so
+        # its gradient is rounding noise, which Adam would turn into steps of full size: it gets none.
+        bias = self.qkv.bias.reshape(-1, 3)
+        bias = torch.stack([bias[:, 0], bias[:, 1].detach(), bias[:, 2]], dim=1).flatten()
+        qkv = F.conv2d(x, self.qkv.weight.to(x.dtype), bias.to(x.dtype))
+        q, k, v = qkv.reshape(b, self.num_heads, c // self.num_heads, 3, h * w).unbind(3)
         out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
         return self.proj(out.transpose(2, 3).reshape(b, c, h, w))

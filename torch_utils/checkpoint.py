@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Mapping, Union
 
 import click
 import torch
@@ -66,6 +66,22 @@ def _parse_settings(path: PathLike, metadata: Any) -> dict[str, Any]:
             f"{path} holds tensors without this program's settings; expected a file written by train.py or training.pretrain"
         ) from None
     return settings
+
+
+def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: PathLike) -> None:
+    """Refuse a state dict with a missing, unexpected or wrongly shaped tensor; the error lists the first few."""
+    missing = [f"missing {name}" for name in expected if name not in found]
+    unexpected = [f"unexpected {name}" for name in found if name not in expected]
+    shapes = [
+        f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    differences = missing + unexpected + shapes
+    if differences:
+        raise click.ClickException(
+            f"{source} does not fit the network: {len(differences)} differences, first {'; '.join(differences[:4])}"
+        )
 
 
 def save_state(path: PathLike, state: dict[str, Any]) -> None:

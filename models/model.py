@@ -1,0 +1,175 @@
+"""The object that trainers and samplers work with: a denoiser, the space it lives in, and how to sample from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+from solvers import SCHEDULES, NoiseSchedule, count_evaluations, get_schedule, get_solver
+
+from .precond import EDMPrecond
+
+#: Student timestamps that SFD-v draws from, NFE 2 to 5 with AFS.
+VARIABLE_STEPS = (4, 5, 6, 7)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What a student was distilled for; it takes Euler steps along this schedule.
+
+    Attributes:
+        dataset_name: the teacher's name.
+        num_steps: timestamps, one more than steps. For a step-conditioned first-stage student, the default of several.
+        afs: whether the first step is analytical.
+        schedule_type, schedule_rho: as `solvers.get_schedule` takes them.
+        sigma_min, sigma_max: ends of the schedule.
+        use_step_condition: whether the network is told num_steps.
+        is_second_stage: whether the teacher was itself a student.
+        guidance_type, guidance_rate: classifier-free guidance that it is sampled with.
+        teacher_path: file of the teacher, where it is not a registered one.
+    """
+
+    dataset_name: str
+    num_steps: int
+    afs: bool
+    schedule_type: str
+    schedule_rho: float
+    sigma_min: float
+    sigma_max: float
+    use_step_condition: bool = False
+    is_second_stage: bool = False
+    guidance_type: str | None = None
+    guidance_rate: float = 1.0
+    teacher_path: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = {
+            "num_steps": isinstance(self.num_steps, int) and 2 + self.afs <= self.num_steps <= 1000,
+            "schedule_type": self.schedule_type in SCHEDULES,
+            "schedule_rho": 0 < self.schedule_rho <= 1000,
+            "sigma_min, sigma_max": 0 < self.sigma_min < self.sigma_max < 1e6,
+        }
+        wrong = [name for name, fine in problems.items() if not fine]
+        if wrong:
+            raise ValueError(f"settings out of range: {', '.join(wrong)}")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image; guidance doubles them."""
+        single = count_evaluations(get_solver("euler"), self.num_steps, self.afs)
+        return single * (2 if self.guidance_type == "cfg" and self.guidance_rate != 1 else 1)
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether one network serves several numbers of timestamps (SFD-v)."""
+        return self.use_step_condition and not self.is_second_stage
+
+    @property
+    def step_condition(self) -> float | None:
+        """What the network is told: the number of timestamps, if it takes a step condition."""
+        return float(self.num_steps) if self.use_step_condition else None
+
+    def schedule(self, noise_schedule: NoiseSchedule | None = None) -> Tensor:
+        """Noise levels, float64 `[num_steps]`."""
+        return get_schedule(
+            self.schedule_type, self.num_steps, self.sigma_min, self.sigma_max, self.schedule_rho, noise_schedule
+        )
+
+    @classmethod
+    def from_json(cls, values: Any, source: str) -> SamplingSettings:
+        """Build from what a student file records; anything malformed is one clear line."""
+        try:
+            fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise click.ClickException(f"{source} does not hold usable sampling settings ({error})") from None
+
+
+class DiffusionModel(nn.Module):
+    """A denoiser in pixel space with the noise range it is used on.
+
+    Attributes:
+        net: the preconditioned network.
+        dataset_name: name of the teacher's data set.
+        sampling: a student's settings, None for a teacher.
+    """
+
+    def __init__(
+        self,
+        net: EDMPrecond,
+        dataset_name: str,
+        sigma_min: float,
+        sigma_max: float,
+        sampling: SamplingSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.dataset_name = dataset_name
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sampling = sampling
+        self.noise_schedule: NoiseSchedule | None = None
+
+    @property
+    def img_channels(self) -> int:
+        return self.net.img_channels
+
+    @property
+    def img_resolution(self) -> int:
+        return self.net.img_resolution
+
+    @property
+    def label_dim(self) -> int:
+        return self.net.label_dim
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one state: channels, height, width."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return self.net.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.net.compute_dtype = dtype
+
+    def check_class(self, index: int | None) -> None:
+        """Refuse a class that the model does not have."""
+        if index is not None and index >= self.label_dim:
+            has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes; leave --class out"
+            raise click.ClickException(f"--class={index}, but {self.dataset_name} has {has}")
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Refuse a caption, which a model in pixel space does not take."""
+        if prompt is not None:
+            raise click.ClickException(f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text")
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        unconditional_condition: Tensor | None = None,
+        guidance_rate: float | None = None,
+        step_condition: Tensor | float | None = None,
+    ) -> Tensor:
+        """Clean `x`, `[B, C, H, W]` float32, from noisy `x` at `sigma` (scalar, `[1]` or `[B]`).
+
+        `class_labels` is one-hot `[B, label_dim]`; `step_condition` the number of timestamps, for a step-conditioned
+        student. Models in pixel space take no text condition and no guidance.
+        """
+        if condition is not None or unconditional_condition is not None or guidance_rate not in (None, 1.0):
+            raise ValueError(f"{self.dataset_name} takes class labels only: no text condition and no guidance rate")
+        return self.net(x, sigma, class_labels, step_condition=step_condition)
+
+    forward = denoise  # so that DistributedDataParallel can wrap it
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """States to images in [-1, 1], `[B, 3, H, W]`; in pixel space they are the same."""
+        return latents

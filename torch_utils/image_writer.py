@@ -1,0 +1,107 @@
+"""Writing images beside the computation, into a folder or an uncompressed zip archive."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from dnnlib import replacing, write_text
+
+from . import distributed
+from .images import to_pil
+
+OPTIONS = "sampling_options.json"
+PENDING_PER_THREAD = 64
+
+
+class ImageWriter:
+    """Images named by their seed; a name appears only when the image is whole.
+
+    A folder gets `000042.png`, or `000000/000042.png` with `subdirs`. `x.zip` becomes an archive in the layout of EDM's
+    data sets; until it is complete its images wait in the folder `.x.zip.parts`, so that a killed run can go on.
+
+    Args:
+        dest: folder, or name ending in `.zip`.
+        subdirs: a folder for every 1000 seeds.
+        options: what determines the images; a destination with other options is refused. Rank 0 writes it down.
+    """
+
+    def __init__(self, dest: str | Path, subdirs: bool, options: dict[str, Any]) -> None:
+        self.dest, self.subdirs = Path(dest), subdirs
+        self.zipped = self.dest.suffix == ".zip"
+        self.folder = self.dest.with_name(f".{self.dest.name}.parts") if self.zipped else self.dest
+        threads = max(min((os.cpu_count() or 1) // distributed.expected_world_size(), 8), 1)
+        self._pool = ThreadPoolExecutor(threads)
+        self._pending: deque[Future] = deque()
+        self._limit = threads * PENDING_PER_THREAD
+        distributed.on_first_rank(lambda: self._claim(options))
+
+    def _claim(self, options: dict[str, Any]) -> None:
+        """Make sure that what is already there was made with the same options."""
+        if self.zipped and self.dest.exists():
+            raise click.ClickException(f"{self.dest} already exists; remove it, or choose another --outdir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / OPTIONS
+        if path.exists():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
+            except (ValueError, AttributeError, TypeError):
+                raise click.ClickException(f"{path} is not readable; choose another --outdir") from None
+            if changed:
+                raise click.ClickException(
+                    f"{self.folder} holds images made with another {', '.join(changed)}; choose another --outdir"
+                )
+        elif next(self.folder.rglob("*.png"), None) is not None:
+            raise click.ClickException(f"{self.folder} holds images that sample.py did not make; choose another --outdir")
+        write_text(path, json.dumps(options, indent=2) + "\n")
+
+    def path(self, seed: int) -> Path:
+        if self.zipped:
+            return self.folder / f"{seed // 1000:05d}" / f"img{seed:08d}.png"
+        parent = self.folder / f"{seed - seed % 1000:06d}" if self.subdirs else self.folder
+        return parent / f"{seed:06d}.png"
+
+    def missing(self, seeds: Iterable[int]) -> list[int]:
+        """The seeds whose image is not there yet."""
+        return [seed for seed in seeds if not self.path(seed).exists()]
+
+    def write(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        """Queue uint8 images `[N, H, W, C]`; waits only when far more are queued than the threads can take."""
+        for seed, image in zip(seeds, images):
+            self._pending.append(self._pool.submit(self._save, self.path(seed), image))
+        while len(self._pending) > self._limit:
+            self._pending.popleft().result()
+
+    @staticmethod
+    def _save(path: Path, image: np.ndarray) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path, sync=False) as temporary:
+            to_pil(image).save(temporary, "PNG")
+
+    def close(self) -> None:
+        """Wait for every image; every rank calls it, and rank 0 then completes an archive."""
+        while self._pending:
+            self._pending.popleft().result()
+        self._pool.shutdown()
+        distributed.barrier()
+        if self.zipped:
+            distributed.on_first_rank(self._archive)
+
+    def _archive(self) -> None:
+        with replacing(self.dest) as temporary:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                for path in sorted(self.folder.rglob("img*.png")):
+                    archive.write(path, path.relative_to(self.folder).as_posix())
+                archive.writestr("dataset.json", json.dumps({"labels": None}))
+        shutil.rmtree(self.folder)
