@@ -1,0 +1,108 @@
+"""Distil a diffusion model into a few-step generator: Simple and Fast Distillation (arXiv 2409.19681)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dnnlib import one_line_errors
+from models.registry import ROWS, get_row
+from solvers import SCHEDULES, SOLVERS
+from torch_utils import distributed
+from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from training import loop
+from training.config import DistillConfig, check, describe, micro_batch
+from training.runs import Intervals
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+# Teacher and output.
+@click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
+@click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
+              "else: a teacher of your own", metavar="PATH")  # fmt: skip
+@click.option("--outdir", help="Where to save run directories", metavar="DIR", default="./exps")
+@click.option("--desc", help="Text to add to the name of the run directory", metavar="STR")
+@click.option("--nosubdir", help="Use --outdir itself as the run directory", is_flag=True)
+@click.option("--resume", help="auto: continue an unfinished run of the same settings; never; or a run directory or its "
+              "training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
+# Length and optimisation.
+@click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
+@click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
+@click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; default: all of its "
+              "share", type=click.IntRange(min=1))  # fmt: skip
+@click.option("--lr", help="Learning rate; a tenth in the second half of the run", type=POSITIVE, default=5e-5)
+@click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
+@click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
+# Student and teacher schedules.
+@click.option("--num_steps", help="Timestamps of the student, one more than steps", type=int, default=4)
+@click.option("--M", "m", help="Timestamps that the teacher inserts between two of the student's", type=int, default=3)
+@click.option("--afs", help="Take the first step analytically, which saves one evaluation", type=bool, default=True)
+@click.option("--sampler_tea", help="Teacher solver", type=click.Choice(SOLVERS), default="dpmpp")
+@click.option("--max_order", help="Order of a multistep solver: iPNDM 1–4, DPM-Solver++ 1–3; default: highest", type=int)
+@click.option("--predict_x0", help="DPM-Solver++: predict the data rather than the noise", type=bool, default=True)
+@click.option("--lower_order_final", help="DPM-Solver++: lower the order in the last steps", type=bool, default=True)
+@click.option("--thresholding", help="DPM-Solver++: dynamic thresholding of pixel data", type=bool, default=False)
+@click.option("--schedule_type", help="Time schedule", type=click.Choice(SCHEDULES), default="polynomial")
+@click.option("--schedule_rho", help="Exponent of the schedule; logsnr has none", type=POSITIVE, default=7)
+# Variants.
+@click.option("--use_step_condition", help="SFD-v: one student for 4 to 7 timestamps", type=bool, default=False)
+@click.option("--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False)
+@click.option("--lpips", help="Second stage: perceptual loss on the last step",
+              type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
+@click.option("--guidance_type", help="Guidance of the teacher", type=click.Choice(["uncond", "cfg"]))
+@click.option("--guidance_rate", help="Guidance rate that the student is sampled with", type=float, default=1.0)
+# Machine.
+@click.option("--precision", help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
+              type=click.Choice(list(PRECISIONS)))  # fmt: skip
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)
+# Progress.
+@click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
+@click.option("--snap", help="Student and picture every so many ticks, and at the end", type=click.IntRange(min=1), default=10)
+@click.option("--dump", help="Training state every so many ticks, and at the end", type=click.IntRange(min=1), default=10)
+@click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
+def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
+    """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
+
+    \b
+    Examples:
+      python train.py --dataset_name=emoji32 --total_kimg=4 --batch=64 --lr=3e-4
+      torchrun --standalone --nproc_per_node=4 train.py --dataset_name=cifar10
+    """
+    device = pick_device(opts["device"], distributed.local_rank())
+    own_teacher = dataset_name is None and model_path is not None and not opts["is_second_stage"]
+    if dataset_name is None and not own_teacher:
+        raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+    if not own_teacher:
+        get_row(dataset_name)
+    settings = {k: v for k, v in opts.items() if k in DistillConfig.__dataclass_fields__}
+    settings["precision"] = pick_precision(opts["precision"], device)
+    config = DistillConfig(dataset_name or Path(model_path).stem, model_path=model_path, M=m, **settings)
+    check(config)
+    micro_batch(config.batch, opts["batch_gpu"], distributed.expected_world_size())
+    if opts["dry_run"]:
+        if distributed.is_first_process():
+            click.echo(json.dumps(config.to_json(), indent=2))
+            click.echo(describe(config))
+        return
+    torch.backends.cudnn.benchmark = opts["bench"]
+    loop.train(
+        config,
+        Path(opts["outdir"]),
+        device,
+        desc=opts["desc"],
+        subdir=not opts["nosubdir"],
+        resume=opts["resume"],
+        intervals=Intervals(opts["tick"], opts["snap"], opts["dump"]),
+        batch_gpu=opts["batch_gpu"],
+    )
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()

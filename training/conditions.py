@@ -1,0 +1,29 @@
+"""What an iteration starts from: noise and labels, equal for every way of splitting the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from torch_utils.random import generator
+
+# Names of the random streams of a run; each is followed by the iteration.
+NOISE, LABELS, STEPS, DROPOUT, INIT = range(5)
+
+
+def draw_noise(seed: int, iteration: int, batch: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal `[batch, *shape]` of the whole batch (float32, CPU)."""
+    return torch.randn(batch, *shape, generator=generator(seed, NOISE, iteration))
+
+
+def draw_labels(seed: int, iteration: int, batch: int, label_dim: int) -> Tensor | None:
+    """Uniform one-hot labels `[batch, label_dim]` of the whole batch (float32, CPU); None without classes."""
+    if label_dim == 0:
+        return None
+    return one_hot(torch.randint(label_dim, [batch], generator=generator(seed, LABELS, iteration)), label_dim).float()
+
+
+def draw_num_steps(seed: int, iteration: int, choices: tuple[int, ...]) -> int:
+    """The number of timestamps of an iteration, the same on all ranks."""
+    return choices[int(torch.randint(len(choices), [1], generator=generator(seed, STEPS, iteration)))]

@@ -1,0 +1,178 @@
+"""Settings of a distillation run: built in one place, checked in one place, saved with the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import click
+
+from models.model import VARIABLE_STEPS, SamplingSettings
+from solvers import count_evaluations, get_solver
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What determines the weights of a run; the names are the command-line flags.
+
+    Two runs with equal configs, on the same machine, end with the same weights, whatever the number of processes and
+    the micro-batch (up to rounding).
+    """
+
+    dataset_name: str
+    total_kimg: float = 200
+    batch: int = 128
+    lr: float = 5e-5
+    num_steps: int = 4
+    M: int = 3
+    afs: bool = True
+    sampler_tea: str = "dpmpp"
+    max_order: int | None = None
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = False
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    use_step_condition: bool = False
+    is_second_stage: bool = False
+    model_path: str | None = None
+    lpips: str = "reference"
+    guidance_type: str | None = None
+    guidance_rate: float = 1.0
+    dropout: float | None = None
+    precision: str = "fp32"
+    seed: int = 0
+
+    @property
+    def total_images(self) -> int:
+        """Trajectories to train, rounded up to whole iterations."""
+        iterations = -(-int(round(self.total_kimg * 1000)) // self.batch)
+        return max(iterations, 1) * self.batch
+
+    @property
+    def step_choices(self) -> tuple[int, ...]:
+        """The numbers of timestamps that iterations are drawn from."""
+        variable = self.use_step_condition and not self.is_second_stage
+        return VARIABLE_STEPS if variable else (self.num_steps,)
+
+    def teacher_steps(self, num_steps: int) -> int:
+        """Timestamps of the teacher: M more between every two of the student's."""
+        return (self.M + 1) * (num_steps - 1) + 1
+
+    def learning_rate(self, images: int) -> float:
+        """A tenth once half of the run has been processed."""
+        return self.lr * (0.1 if 2 * images >= self.total_kimg * 1000 else 1.0)
+
+    def sampling(self, sigma_min: float, sigma_max: float) -> SamplingSettings:
+        """What the student is sampled with."""
+        return SamplingSettings(
+            dataset_name=self.dataset_name,
+            num_steps=self.num_steps,
+            afs=self.afs,
+            schedule_type=self.schedule_type,
+            schedule_rho=self.schedule_rho,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            use_step_condition=self.use_step_condition,
+            is_second_stage=self.is_second_stage,
+            guidance_type=self.guidance_type,
+            guidance_rate=self.guidance_rate,
+            teacher_path=None if self.is_second_stage else self.model_path,
+        )
+
+    def run_name(self, desc: str | None = None) -> str:
+        """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-desc]`, as run directories are called."""
+        short = {"polynomial": "poly", "logsnr": "logsnr", "time_uniform": "uni", "discrete": "discrete"}
+        schedule = short[self.schedule_type] + ("" if self.schedule_type == "logsnr" else f"{self.schedule_rho:g}")
+        steps, nfe = _span(self.step_choices), _span([s - 1 - self.afs for s in self.step_choices])
+        solver = "euler" if self.is_second_stage else self.sampler_tea
+        parts = [self.dataset_name, steps, nfe, solver, str(self.M), schedule]
+        return "-".join(parts + ["afs"] * self.afs + ([desc] if desc else []))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _span(values: Any) -> str:
+    return f"{min(values)}" if len(set(values)) == 1 else f"{min(values)}to{max(values)}"
+
+
+def check(config: DistillConfig) -> None:
+    """Refuse settings that cannot work, before anything is loaded; one clear line for each."""
+    smallest = 3 if config.afs else 2
+    if config.num_steps < smallest:
+        raise click.ClickException(
+            f"--num_steps={config.num_steps} leaves no step to train; with --afs={config.afs} use at least {smallest}"
+        )
+    if config.M < 0:
+        raise click.ClickException(f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)")
+    if config.guidance_type == "cfg":
+        raise click.ClickException(
+            f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has none, use uncond"
+        )
+    if config.guidance_type is None and config.guidance_rate != 1:
+        raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
+    if config.is_second_stage and config.model_path is None:
+        raise click.ClickException("--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further")
+    if config.is_second_stage and config.lpips in ("reference", "standard"):
+        raise click.ClickException(
+            f"--lpips={config.lpips} needs the LPIPS network, which arrives with the published teachers; use --lpips=off"
+        )
+    if config.use_step_condition and not config.is_second_stage and config.num_steps not in VARIABLE_STEPS:
+        raise click.ClickException(
+            f"--num_steps={config.num_steps} with --use_step_condition=True is outside the drawn {_span(VARIABLE_STEPS)}"
+        )
+    try:
+        get_solver(config.sampler_tea, config.max_order, config.predict_x0, config.lower_order_final, config.thresholding)
+        SamplingSettings(config.dataset_name, config.num_steps, config.afs, config.schedule_type, config.schedule_rho, 1, 2)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def describe(config: DistillConfig) -> str:
+    """What a run would do, in a few lines for people."""
+    solver = get_solver("euler" if config.is_second_stage else config.sampler_tea, config.max_order)
+    choices = config.step_choices
+    nfes = [steps - 1 - config.afs for steps in choices]
+    evaluations = [count_evaluations(solver, config.teacher_steps(steps)) for steps in choices]
+    return (
+        f"Run directory: 00000-{config.run_name()} (or the next free number)\n"
+        f"Student: NFE {_span(nfes)}; teacher: {_span(evaluations)} evaluations per trajectory\n"
+        f"Length: {config.total_images // config.batch} iterations of {config.batch}"
+    )
+
+
+def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
+    """Samples that one process handles at a time, so that `batch` splits evenly over processes and rounds."""
+    if batch % processes:
+        raise click.ClickException(f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}")
+    local = batch // processes
+    size = local if batch_gpu is None else min(batch_gpu, local)
+    if local % size:
+        raise click.ClickException(
+            f"--batch-gpu={size} does not divide the {local} samples of each of {processes} processes "
+            f"(--batch={batch}); choose a divisor of {local}"
+        )
+    return size
+
+
+def follow_teacher(config: DistillConfig, teacher: SamplingSettings) -> DistillConfig:
+    """Second stage: take over what the teacher's settings decide, and refuse what contradicts them."""
+    if teacher.is_second_stage:
+        raise click.ClickException("--model_path is itself a second-stage model; expected an SFD or SFD-v model")
+    asked, own = (config.schedule_type, config.schedule_rho), (teacher.schedule_type, teacher.schedule_rho)
+    if asked != own:
+        raise click.ClickException(
+            f"--schedule_type={asked[0]} --schedule_rho={asked[1]:g} differ from the model's {own[0]}, {own[1]:g}; "
+            "the second stage keeps its teacher's schedule"
+        )
+    if config.use_step_condition and not teacher.use_step_condition:
+        raise click.ClickException("--use_step_condition=True, but --model_path has no step condition; leave the flag out")
+    needed = config.teacher_steps(config.num_steps)
+    allowed = VARIABLE_STEPS if teacher.is_variable else (teacher.num_steps,)
+    if needed not in allowed:
+        raise click.ClickException(
+            f"--num_steps={config.num_steps} --M={config.M} sample the model at {needed} timestamps, it was distilled for "
+            f"{_span(allowed)}; (M+1)·(num_steps−1)+1 must match"
+        )
+    return replace(config, use_step_condition=teacher.use_step_condition)

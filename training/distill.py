@@ -1,0 +1,168 @@
+"""One iteration of Simple and Fast Distillation (arXiv 2409.19681, algorithm 1).
+
+The teacher's solver runs once, without gradients, and leaves its states x̃ at the student's timestamps t_0 > … > t_{N−1}.
+The student then walks the same timestamps by Euler steps from its *own* states, and after each step is pulled to x̃:
+
+    x_{i+1} = x_i + (t_{i+1} − t_i) (x_i − D_θ(x_i; t_i)) / t_i        θ ← Adam( ∇_θ Σ |x_{i+1} − x̃_{i+1}| / batch )
+
+with x_{i+1} detached before the next step, so that it learns to repair the error it has made so far. With AFS, step 0
+needs no network and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.model import DiffusionModel, SamplingSettings
+from solvers import get_schedule, get_solver, solve
+from torch_utils import distributed
+
+from .config import DistillConfig
+
+GRAD_LIMIT = 1e5
+EULER = get_solver("euler")
+
+
+class Teacher:
+    """The trajectories that a student is distilled from.
+
+    First stage: the configured solver, without AFS. Second stage: a student, sampled as its settings say.
+    """
+
+    def __init__(self, model: DiffusionModel, config: DistillConfig, sampling: SamplingSettings) -> None:
+        self.model, self.config, self.sampling = model, config, sampling
+        if config.is_second_stage:
+            self.solver, self.afs = EULER, model.sampling.afs
+        else:
+            c = config
+            self.solver = get_solver(c.sampler_tea, c.max_order, c.predict_x0, c.lower_order_final, c.thresholding)
+            self.afs = False
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The teacher's timestamps for a student of `num_steps`; every (M+1)-th is the student's."""
+        s = self.sampling
+        count = self.config.teacher_steps(num_steps)
+        return get_schedule(
+            s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule
+        )
+
+    @torch.no_grad()
+    def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int) -> Tensor:
+        """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max."""
+        sigmas = self.sigmas(num_steps)
+        condition = None
+        if self.config.is_second_stage:
+            condition = replace(self.model.sampling, num_steps=len(sigmas)).step_condition
+        denoise = partial(self.model.denoise, class_labels=labels, step_condition=condition)
+        return solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
+
+
+class Losses:
+    """Running sums of the loss for every (num_steps, step), kept on the device until they are asked for."""
+
+    def __init__(self, most_steps: int, device: torch.device) -> None:
+        self._sums = torch.zeros([2, most_steps + 1, most_steps], device=device)
+
+    def add(self, num_steps: int, step: int, loss: Tensor) -> None:
+        self._sums[0, num_steps, step] += loss
+        self._sums[1, num_steps, step] += 1
+
+    def flush(self) -> dict[str, float]:
+        """Means over all ranks since the last call as `loss/<num_steps>/<step>`; the sums start anew."""
+        total, count = distributed.all_reduce_sum(self._sums.clone()).cpu()
+        self._sums.zero_()
+        return {f"loss/{n}/{i}": float(total[n, i] / count[n, i]) for n, i in count.nonzero().tolist()}
+
+
+class Distiller:
+    """Student, teacher and optimizer; `iterate` processes one batch.
+
+    Attributes:
+        skipped: number of optimizer steps left out because the loss was not finite; a device tensor.
+        losses: statistics since they were last flushed.
+    """
+
+    def __init__(self, teacher: Teacher, student: DiffusionModel, config: DistillConfig, micro: int) -> None:
+        self.teacher, self.student, self.config, self.micro = teacher, student, config, micro
+        self.device = next(student.parameters()).device
+        self.trained = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.skipped = torch.zeros((), device=self.device)
+        self.losses = Losses(max(config.step_choices), self.device)
+        self.module: nn.Module = student
+        if distributed.world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.module = DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False)
+
+    def iterate(self, noise: Tensor, labels: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Train on this rank's share of a batch.
+
+        Args:
+            noise: standard normal `[local batch, C, H, W]`, on the device.
+            labels: one-hot `[local batch, label_dim]` or None.
+            num_steps: the student's timestamps.
+
+        Returns:
+            Teacher and student states after each step, `[num_steps − 1, local batch, C, H, W]` both.
+        """
+        sampling = replace(self.student.sampling, num_steps=num_steps)
+        sigmas = self.teacher.sigmas(num_steps)[:: self.config.M + 1]
+        latents = (noise * sampling.sigma_max).split(self.micro)
+        micro_labels = [None] * len(latents) if labels is None else list(labels.split(self.micro))
+        targets = [self.teacher.trajectory(x, y, num_steps)[1:] for x, y in zip(latents, micro_labels)]
+        states, visited = list(latents), []
+        self.student.train()
+        for i in range(num_steps - 1):
+            step_targets = [target[i] for target in targets]
+            states = self._step(i, states, step_targets, micro_labels, sigmas[i : i + 2], sampling)
+            visited.append(torch.cat(states))
+        return torch.cat(targets, dim=1), torch.stack(visited)
+
+    def _step(
+        self,
+        i: int,
+        states: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        labels: Sequence[Tensor | None],
+        sigmas: Tensor,
+        sampling: SamplingSettings,
+    ) -> list[Tensor]:
+        """One Euler step of every micro-batch, then one optimizer step; returns the detached new states."""
+        analytical = sampling.afs and i == 0
+        local_batch = sum(len(x) for x in states)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        new_states = []
+        for k, (x, target, label) in enumerate(zip(states, targets, labels)):
+            denoise = partial(self.module, class_labels=label, step_condition=sampling.step_condition)
+            last = k == len(states) - 1
+            with nullcontext() if last or self.module is self.student else self.module.no_sync():
+                new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
+                # DistributedDataParallel averages over ranks, so dividing by the local batch divides by the whole one.
+                loss = (new - target).abs().sum() / local_batch
+                if not analytical:
+                    loss.backward()
+            total += loss.detach()
+            new_states.append(new.detach())
+        if not analytical:
+            self._update(total)
+        self.losses.add(sampling.num_steps, i, total)
+        return new_states
+
+    def _update(self, loss: Tensor) -> None:
+        """Adam, unless the loss of any rank was not finite; decided on the device, so that the host never waits."""
+        bad = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
+        for param in self.trained:
+            if param.grad is not None:
+                torch.nan_to_num(param.grad, nan=0.0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
+        # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay as they are.
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        self.skipped += bad

@@ -1,0 +1,291 @@
+"""The distillation loop: iterations, status lines, snapshots, pictures and resuming."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dnnlib import Logger, format_count, format_duration
+from models.loading import find_student, load_student, load_teacher, make_student, save_student
+from models.model import DiffusionModel
+from models.sampling import draw_latents, student_sampler
+from torch_utils import distributed
+from torch_utils.checkpoint import save_state
+from torch_utils.device import PRECISIONS
+from torch_utils.images import draw_grid, save_picture, to_uint8
+from torch_utils.random import derive_seed
+
+from . import runs
+from .conditions import DROPOUT, INIT, draw_labels, draw_noise, draw_num_steps
+from .config import DistillConfig, follow_teacher, micro_batch
+from .distill import Distiller, Teacher
+from .runs import Intervals
+
+PICTURE_SEEDS = range(10)
+
+
+def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, DiffusionModel]:
+    """Teacher and student of a run, and the config with what the teacher decides filled in."""
+    if config.is_second_stage:
+        source = load_student(find_student(config.model_path), device)
+        if source.dataset_name != config.dataset_name:
+            raise click.ClickException(
+                f"--model_path was distilled on {source.dataset_name}, not on --dataset_name={config.dataset_name}"
+            )
+        config = follow_teacher(config, source.sampling)
+    else:
+        source = load_teacher(config.dataset_name, config.model_path, device)
+    sampling = config.sampling(source.sigma_min, source.sigma_max)
+    source.compute_dtype = PRECISIONS[config.precision]
+    torch.manual_seed(derive_seed(config.seed, INIT))
+    student = make_student(source, sampling)
+    student.compute_dtype = source.compute_dtype
+    if config.dropout is not None:
+        student.net.set_dropout(config.dropout)
+    return config, Teacher(source, config, sampling), student
+
+
+class Run:
+    """A distillation run in its directory; `train` takes it to its end."""
+
+    def __init__(self, run_dir: Path, distiller: Distiller, intervals: Intervals) -> None:
+        self.run_dir, self.distiller, self.intervals = run_dir, distiller, intervals
+        self.config, self.teacher, self.student = distiller.config, distiller.teacher, distiller.student
+        self.device = distiller.device
+        self.is_first = distributed.rank() == 0
+        self.log = Logger(run_dir / runs.LOG) if self.is_first else (lambda line="": None)
+        self.images, self.seconds, self.half_off = 0, 0.0, False
+        self._skips = LaggedCount(self.distiller.skipped)
+        self._teacher_row: np.ndarray | None = None
+
+    def resume(self) -> None:
+        """Continue from the training state of the run directory, if there is one."""
+        state = runs.load_state(self.run_dir)
+        if state is None:
+            return
+        self.student.net.load_state_dict(state["student"])
+        self.distiller.optimizer.load_state_dict(state["optimizer"])
+        self.distiller.skipped.fill_(state["skipped"])
+        self._skips = LaggedCount(self.distiller.skipped, state["skipped"])
+        self.images, self.seconds = state["images"], state["seconds"]
+        if state["half_off"]:
+            self._switch_half_off()
+        if self.is_first:
+            runs.cut_stats(self.run_dir, self.images)
+        self.log(f"Continuing {self.run_dir} at kimg {self.images / 1000:g}")
+
+    def train(self) -> None:
+        """Iterate to the end; save at the intervals and at the end."""
+        total, tick_images = self.config.total_images, max(int(self.intervals.tick * 1000), 1)
+        self._describe()
+        tick_start, tick_from = time.time(), self.images
+        maintenance = 0.0
+        with tqdm(total=total, initial=self.images, unit="img", disable=not self.is_first, dynamic_ncols=True) as bar:
+            while self.images < total:
+                tick_before = self.images // tick_images
+                self._iterate()
+                bar.update(self.config.batch)
+                done = self.images >= total
+                if self.images // tick_images == tick_before and not done:
+                    continue
+                tick = self.images // tick_images
+                losses = self.distiller.losses.flush()  # waits for the device
+                duration = time.time() - tick_start
+                self.seconds += duration + maintenance
+                self._report(tick, duration, self.images - tick_from, maintenance, losses)
+                started = time.time()
+                if done or (self.intervals.snap and tick % self.intervals.snap == 0):
+                    self.save_snapshot()
+                if done or (self.intervals.dump and tick % self.intervals.dump == 0):
+                    self.save_state()
+                maintenance, tick_start, tick_from = time.time() - started, time.time(), self.images
+
+    def _iterate(self) -> None:
+        config, iteration = self.config, self.images // self.config.batch
+        rank, world = distributed.rank(), distributed.world_size()
+        share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+        num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
+        noise = self._to_device(draw_noise(config.seed, iteration, config.batch, self.student.shape)[share])
+        labels = draw_labels(config.seed, iteration, config.batch, self.student.label_dim)
+        labels = None if labels is None else self._to_device(labels[share])
+        torch.manual_seed(derive_seed(config.seed, DROPOUT, iteration, rank))
+        for group in self.distiller.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.images)
+        self.distiller.iterate(noise, labels, num_steps)
+        self.images += config.batch
+        self._watch_skips()
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return value.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return value.to(self.device)
+
+    def _watch_skips(self) -> None:
+        """Go on in single precision once half precision has overflowed; give up if that does not help either."""
+        skipped = self._skips.poll()
+        if skipped == 0:
+            return
+        if self.config.precision == "fp16" and not self.half_off:
+            self._switch_half_off()
+            self.log(f"A loss was not finite at kimg {self.images / 1000:g}: continuing in float32")
+        elif skipped >= 20 * len(self.teacher.sigmas(max(self.config.step_choices))):
+            raise click.ClickException(
+                f"the loss is not finite: {skipped} steps skipped up to kimg {self.images / 1000:g}; "
+                "lower --lr, or check the teacher with sample.py --model_path=teacher"
+            )
+
+    def _switch_half_off(self) -> None:
+        self.half_off = True
+        self.student.compute_dtype = self.teacher.model.compute_dtype = torch.float32
+
+    def _describe(self) -> None:
+        config = self.config
+        size = format_count(sum(p.numel() for p in self.distiller.trained))
+        nfes = [replace(self.student.sampling, num_steps=n).nfe for n in config.step_choices]
+        self.log(
+            f"{self.run_dir}: {config.dataset_name}, {size} trained parameters, NFE {runs_of(nfes)}, {config.precision} on "
+            f"{distributed.world_size()}× {self.device.type}, micro-batch {self.distiller.micro} of {config.batch}"
+        )
+
+    def _report(self, tick: int, duration: float, images: int, maintenance: float, losses: dict[str, float]) -> None:
+        if not self.is_first:
+            return
+        memory = {"cpumem": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if sys.platform == "darwin":
+            memory["cpumem"] /= 1024  # bytes there, KiB elsewhere
+        if self.device.type == "cuda":
+            memory["gpumem"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+        final = [v for k, v in losses.items() if int(k.split("/")[1]) == int(k.split("/")[2]) + 2]
+        loss, skipped = float(np.mean(final)), int(self.distiller.skipped)
+        fields = {
+            "tick": f"{tick:<5d}", "kimg": f"{self.images / 1000:<8.1f}", "time": f"{format_duration(self.seconds):<12s}",
+            "sec/tick": f"{duration:<7.1f}", "sec/kimg": f"{duration / images * 1000:<7.2f}",
+            "maintenance": f"{maintenance:<6.1f}", **{k: f"{v:<6.2f}" for k, v in memory.items()},
+            "loss": f"{loss:<8.2f}", "skipped": f"{skipped}",
+        }  # fmt: skip
+        self.log(" ".join(f"{name} {value}" for name, value in fields.items()))
+        lr = self.config.learning_rate(self.images - 1)
+        stats = {
+            "images": self.images, "kimg": self.images / 1000, "seconds": round(self.seconds, 3), "loss": loss, **losses,
+            "sec_per_kimg": duration / images * 1000, "lr": lr, "skipped": skipped, **memory, "timestamp": time.time(),
+        }  # fmt: skip
+        with open(self.run_dir / runs.STATS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")
+
+    def save_snapshot(self) -> None:
+        """The student as one file, and a picture of teacher and student endpoints for the same seeds."""
+        if not self.is_first:
+            return
+        self.student.eval()
+        training = {**self.config.to_json(), "images": self.images, "seconds": round(self.seconds, 1)}
+        save_student(self.run_dir / runs.snapshot_name(self.images), self.student, training)
+        save_picture(self._picture(), self.run_dir / runs.picture_name(self.images))
+
+    def _picture(self) -> Image.Image:
+        x, labels = draw_latents(self.student, PICTURE_SEEDS)
+        if self._teacher_row is None:
+            final = self.teacher.trajectory(x, labels, max(self.config.step_choices))[-1]
+            self._teacher_row = to_uint8(self.student.decode(final))
+        rows, names = [self._teacher_row], ["teacher"]
+        for num_steps in self.config.step_choices:
+            sampler = student_sampler(self.student, num_steps)
+            rows.append(to_uint8(self.student.decode(sampler.run(x, labels))))
+            names.append(f"student, NFE {sampler.nfe}")
+        return draw_grid(rows, names, scale=max(1, 64 // self.student.img_resolution))
+
+    def save_state(self) -> None:
+        """Everything that the rest of the run depends on, in one file."""
+        self._skips.wait()
+        if self.is_first:
+            state = {
+                "student": self.student.net.state_dict(),
+                "optimizer": self.distiller.optimizer.state_dict(),
+                "skipped": int(self.distiller.skipped),
+                "images": self.images,
+                "seconds": self.seconds,
+                "half_off": self.half_off,
+            }
+            save_state(self.run_dir / runs.STATE, state)
+
+
+class LaggedCount:
+    """Reads a counter on the device without holding it up: on CUDA, `poll` gives the value of the call before.
+
+    The lag is exactly one call, so that what follows from it does not depend on timing.
+    """
+
+    def __init__(self, counter: Tensor, value: int = 0) -> None:
+        self._counter, self._value = counter, value
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def poll(self) -> int:
+        if self._counter.device.type != "cuda":
+            self._value = int(self._counter)
+            return self._value
+        host = torch.empty((), pin_memory=True).copy_(self._counter, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.wait()
+        self._pending = (host, event)
+        return self._value
+
+    def wait(self) -> None:
+        """Take in what is on its way."""
+        if self._pending is not None:
+            host, event = self._pending
+            event.synchronize()
+            self._value, self._pending = int(host), None
+
+
+def runs_of(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{min(values)}–{max(values)}"
+
+
+def train(
+    config: DistillConfig,
+    outdir: Path,
+    device: torch.device,
+    *,
+    desc: str | None = None,
+    subdir: bool = True,
+    resume: str = "auto",
+    intervals: Intervals = Intervals(),
+    batch_gpu: int | None = None,
+) -> Path:
+    """Run or continue a distillation; every rank calls it. Returns the run directory."""
+    distributed.init(device)
+    micro = micro_batch(config.batch, batch_gpu, distributed.world_size())
+    full_config, teacher, student = load_models(config, device)
+    launch = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
+    launch |= {"torch": torch.__version__, **vars(intervals)}
+    held: TextIO | None = None
+
+    def open_run() -> Path:
+        nonlocal held
+        run_dir, held = runs.open_run(outdir, config, desc, subdir, resume)
+        runs.write_options(run_dir, config, launch)
+        return run_dir
+
+    run_dir = distributed.on_first_rank(open_run)
+    run = Run(run_dir, Distiller(teacher, student, full_config, micro), intervals)
+    run.resume()
+    run.train()
+    run.log(f"Student: {run_dir / runs.snapshot_name(run.images)}")
+    run.log(f"Picture: {run_dir / runs.picture_name(run.images)}")
+    if held is not None:
+        held.close()
+    distributed.shutdown()
+    return run_dir
