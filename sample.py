@@ -1,0 +1,160 @@
+"""Write images, one for each seed, from a distilled student or from a teacher with any solver."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dnnlib import one_line_errors, write_text
+from models.registry import ROWS
+from models.sampling import Sampler, SamplerOptions, comparison_rows, open_sampler
+from solvers import SCHEDULES, SOLVERS
+from torch_utils import distributed
+from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.image_writer import ImageWriter
+from torch_utils.images import draw_grid, save_picture, square_rows
+
+MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
+
+
+def parse_seeds(context: click.Context | None, param: click.Parameter | None, value: str) -> list[int]:
+    """`0,3,10-12` → [0, 3, 10, 11, 12]; duplicates are dropped, the order is kept."""
+    seeds: dict[int, None] = {}
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2]) if match and match[2] else first
+        if not match or not first <= last <= MAX_SEED or last - first >= MAX_RANGE:
+            raise click.ClickException(
+                f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10"
+            )
+        seeds.update(dict.fromkeys(range(first, last + 1)))
+    return list(seeds)
+
+
+def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, writer: ImageWriter) -> int:
+    """Sample and write what is not there yet, this rank its share; returns how many images that rank 0 found missing."""
+    missing = distributed.on_first_rank(lambda: writer.missing(seeds))
+    share = missing[distributed.rank() :: distributed.world_size()]
+    with tqdm(total=len(share), unit="img", disable=distributed.rank() != 0, dynamic_ncols=True) as progress:
+        for start in range(0, len(share), batch):
+            part = share[start : start + batch]
+            writer.write(part, sampler.images(part, class_index))
+            progress.update(len(part))
+    writer.close()
+    return len(missing)
+
+
+def sample_all(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int) -> np.ndarray:
+    """Images of all seeds in memory, uint8 `[N, H, W, C]`."""
+    return np.concatenate([sampler.images(seeds[i : i + batch], class_index) for i in range(0, len(seeds), batch)])
+
+
+def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
+    """All images in one picture, `grid.png`."""
+    images = sample_all(sampler, seeds, class_index, batch)
+    outdir.mkdir(parents=True, exist_ok=True)
+    save_picture(draw_grid(square_rows(images)), outdir / "grid.png")
+    return outdir / "grid.png"
+
+
+def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
+    """One sheet for the same seeds, `compare.png`: rows are samplers; `compare.md` has their distance to the first row."""
+    rows = comparison_rows(sampler)
+    images = [sample_all(row, seeds, class_index, batch) for _, row in rows]
+    distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
+    outdir.mkdir(parents=True, exist_ok=True)
+    labels = [f"{name}, NFE {row.nfe}" for name, row in rows]
+    scale = max(1, 64 // images[0].shape[1])
+    save_picture(draw_grid(images, labels, scale), outdir / "compare.png")
+    lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
+    lines += [f"| {name} | {row.nfe} | {distance:.4f} |" for (name, row), distance in zip(rows, distances)]
+    write_text(outdir / "compare.md", "\n".join(lines) + "\n")
+    click.echo("\n".join(lines))
+    return outdir / "compare.png"
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+# What to sample.
+@click.option("--model_path", help="Student: file, run directory or run number; `teacher`: the teacher of --dataset_name; or "
+              "the file of a teacher of your own", metavar="PATH", required=True)  # fmt: skip
+@click.option("--dataset_name", help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS), metavar="NAME")
+@click.option("--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63", callback=parse_seeds)
+@click.option("--class", "class_index", help="Class of all images; default: random by seed", type=click.IntRange(min=0))
+@click.option("--prompt", help="Caption, for a text-conditioned model", metavar="STR")
+# Where to.
+@click.option("--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP")
+@click.option("--subdirs", help="A sub-folder for every 1000 seeds", is_flag=True)
+@click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
+@click.option("--compare", help="Student: write one sheet compare.png of teacher, training-free solvers and student instead",
+              type=bool, default=False)  # fmt: skip
+# Student.
+@click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int)
+# Teacher.
+@click.option("--solver", help="Teacher: solver; default: heun", type=click.Choice(SOLVERS))
+@click.option("--max_order", help="Teacher: order of a multistep solver", type=int)
+@click.option("--predict_x0", help="Teacher: DPM-Solver++ predicts the data; default: True", type=bool)
+@click.option("--lower_order_final", help="Teacher: DPM-Solver++ lowers its last orders; default: True", type=bool)
+@click.option("--thresholding", help="Teacher: dynamic thresholding; default: False", type=bool)
+@click.option("--schedule_type", help="Teacher: time schedule; default: polynomial", type=click.Choice(SCHEDULES))
+@click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float)
+@click.option("--afs", help="Teacher: analytical first step; default: False", type=bool)
+@click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False", type=bool)
+# Machine.
+@click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
+@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
+def main(model_path: str, dataset_name: str | None, seeds: list[int], class_index: int | None, **opts: Any) -> None:
+    """Sample images from a student, or from a teacher with any solver, one for each seed.
+
+    A second run of the same command writes only what is missing.
+
+    \b
+    Examples:
+      python sample.py --model_path=0 --seeds=0-63
+      python sample.py --model_path=teacher --dataset_name=emoji32 --solver=euler --num_steps=3 --grid=True
+      torchrun --standalone --nproc_per_node=4 sample.py --model_path=0 --seeds=0-49999 --batch=256
+    """
+    device = pick_device(opts["device"], distributed.local_rank())
+    precision = pick_precision(opts["precision"], device)
+    options = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
+    if opts["dry_run"]:
+        plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
+        plan.update(options.given(), precision=precision, device=str(device), outdir=opts["outdir"])
+        if distributed.is_first_process():
+            click.echo(json.dumps(plan, indent=2))
+        return
+    distributed.init(device)
+    opened = open_sampler(model_path, dataset_name, options, device, PRECISIONS[precision])
+    sampler, model = opened.sampler, opened.sampler.model
+    model.check_class(class_index)
+    model.check_prompt(opts["prompt"])
+    outdir = Path(opts["outdir"] or f"./samples/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}")
+    if distributed.rank() == 0:
+        click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")
+    if opts["grid"] or opts["compare"]:
+        # One picture is small work: rank 0 does it while the others wait.
+        draw = write_comparison if opts["compare"] else write_grid
+        path = distributed.on_first_rank(lambda: draw(sampler, seeds, class_index, opts["batch"], outdir))
+        report = f"Picture: {path}"
+    else:
+        identity = {**opened.identity, "class": class_index, "precision": precision}
+        writer = ImageWriter(outdir, opts["subdirs"], identity)
+        count = write_images(sampler, seeds, class_index, opts["batch"], writer)
+        report = f"Wrote {count} images to {outdir}, {len(seeds) - count} were there already"
+    if distributed.rank() == 0:
+        click.echo(report)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True
+    one_line_errors(main)()
