@@ -40,7 +40,7 @@ def parse_seeds(context: click.Context | None, param: click.Parameter | None, va
 
 
 def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, writer: ImageWriter) -> int:
-    """Sample and write what is not there yet, this rank its share; returns how many images that rank 0 found missing."""
+    """Sample and write what is not there yet, this rank its share; returns how many were missing."""
     missing = distributed.on_first_rank(lambda: writer.missing(seeds))
     share = missing[distributed.rank() :: distributed.world_size()]
     with tqdm(total=len(share), unit="img", disable=distributed.rank() != 0, dynamic_ncols=True) as progress:
@@ -66,7 +66,7 @@ def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batc
 
 
 def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
-    """One sheet for the same seeds, `compare.png`: rows are samplers; `compare.md` has their distance to the first row."""
+    """One sheet for the same seeds, `compare.png`: rows are samplers; `compare.md` has distances to the first."""
     rows = comparison_rows(sampler)
     images = [sample_all(row, seeds, class_index, batch) for _, row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
@@ -75,7 +75,9 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
     scale = max(1, 64 // images[0].shape[1])
     save_picture(draw_grid(images, labels, scale), outdir / "compare.png")
     lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
-    lines += [f"| {name} | {row.nfe} | {distance:.4f} |" for (name, row), distance in zip(rows, distances)]
+    lines += [
+        f"| {name} | {row.nfe} | {distance:.4f} |" for (name, row), distance in zip(rows, distances, strict=False)
+    ]
     write_text(outdir / "compare.md", "\n".join(lines) + "\n")
     click.echo("\n".join(lines))
     return outdir / "compare.png"
@@ -83,17 +85,25 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 # What to sample.
-@click.option("--model_path", help="Student: file, run directory or run number; `teacher`: the teacher of --dataset_name; or "
-              "the file of a teacher of your own", metavar="PATH", required=True)  # fmt: skip
-@click.option("--dataset_name", help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS), metavar="NAME")
-@click.option("--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63", callback=parse_seeds)
+@click.option("--model_path", help="Student: file, run directory or run number; `teacher`: of --dataset_name; or the "
+              "file of a teacher of your own", metavar="PATH", required=True)  # fmt: skip
+@click.option(
+    "--dataset_name",
+    help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS),
+    metavar="NAME",
+)
+@click.option(
+    "--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63", callback=parse_seeds
+)
 @click.option("--class", "class_index", help="Class of all images; default: random by seed", type=click.IntRange(min=0))
 @click.option("--prompt", help="Caption, for a text-conditioned model", metavar="STR")
 # Where to.
-@click.option("--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP")
+@click.option(
+    "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
+)
 @click.option("--subdirs", help="A sub-folder for every 1000 seeds", is_flag=True)
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
-@click.option("--compare", help="Student: write one sheet compare.png of teacher, training-free solvers and student instead",
+@click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
               type=bool, default=False)  # fmt: skip
 # Student.
 @click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int)

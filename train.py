@@ -29,8 +29,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--outdir", help="Where to save run directories", metavar="DIR", default="./exps")
 @click.option("--desc", help="Text to add to the name of the run directory", metavar="STR")
 @click.option("--nosubdir", help="Use --outdir itself as the run directory", is_flag=True)
-@click.option("--resume", help="auto: continue an unfinished run of the same settings; never; or a run directory or its "
-              "training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
+@click.option("--resume", help="auto: continue an unfinished run of the same settings; never; or a run directory or "
+              "its training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
 # Length and optimisation.
 @click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
 @click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
@@ -44,7 +44,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--M", "m", help="Timestamps that the teacher inserts between two of the student's", type=int, default=3)
 @click.option("--afs", help="Take the first step analytically, which saves one evaluation", type=bool, default=True)
 @click.option("--sampler_tea", help="Teacher solver", type=click.Choice(SOLVERS), default="dpmpp")
-@click.option("--max_order", help="Order of a multistep solver: iPNDM 1–4, DPM-Solver++ 1–3; default: highest", type=int)
+@click.option(
+    "--max_order", help="Order of a multistep solver: iPNDM 1–4, DPM-Solver++ 1–3; default: highest", type=int
+)
 @click.option("--predict_x0", help="DPM-Solver++: predict the data rather than the noise", type=bool, default=True)
 @click.option("--lower_order_final", help="DPM-Solver++: lower the order in the last steps", type=bool, default=True)
 @click.option("--thresholding", help="DPM-Solver++: dynamic thresholding of pixel data", type=bool, default=False)
@@ -52,7 +54,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--schedule_rho", help="Exponent of the schedule; logsnr has none", type=POSITIVE, default=7)
 # Variants.
 @click.option("--use_step_condition", help="SFD-v: one student for 4 to 7 timestamps", type=bool, default=False)
-@click.option("--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False)
+@click.option(
+    "--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False
+)
 @click.option("--lpips", help="Second stage: perceptual loss on the last step",
               type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
 @click.option("--guidance_type", help="Guidance of the teacher", type=click.Choice(["uncond", "cfg"]))
@@ -64,8 +68,12 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)
 # Progress.
 @click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
-@click.option("--snap", help="Student and picture every so many ticks, and at the end", type=click.IntRange(min=1), default=10)
-@click.option("--dump", help="Training state every so many ticks, and at the end", type=click.IntRange(min=1), default=10)
+@click.option(
+    "--snap", help="Student and picture every so many ticks, and at the end", type=click.IntRange(min=1), default=10
+)
+@click.option(
+    "--dump", help="Training state every so many ticks, and at the end", type=click.IntRange(min=1), default=10
+)
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
 def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.

@@ -1,16 +1,16 @@
-"""Build `assets/emoji-32x32.zip` from the Noto Color Emoji font: `python assets/make_emoji32.py --font=NotoColorEmoji.ttf`.
+"""Build `assets/emoji-32x32.zip` from a font: `python assets/make_emoji32.py --font=NotoColorEmoji.ttf`.
 
 The font is Debian's package fonts-noto-color-emoji (SIL Open Font License 1.1, see LICENSE-noto-emoji.txt beside this
 file). Each bitmap of its CBDT table (136×128, transparent) is centred on a white square, reduced to 32×32 RGB with a
-Hamming window (no halos), and stored in the layout of EDM's data sets: `00000/img00000000.png`, … and `dataset.json`, in glyph order.
-The same font and Pillow version give the same bytes. Needs fonttools (`pip install fonttools`).
+Hamming window (no halos), and stored in the layout of EDM's data sets: `00000/img00000000.png`, … and `dataset.json`,
+in glyph order. The same font and Pillow version give the same bytes. Needs fonttools (`pip install fonttools`).
 """
 
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import click
 from PIL import Image
@@ -25,7 +25,9 @@ def read_bitmaps(font_path: str) -> Iterator[Image.Image]:
     try:
         strikes = TTFont(font_path)["CBDT"].strikeData
     except (TTLibError, KeyError):
-        raise click.ClickException(f"{font_path} has no CBDT bitmaps; use NotoColorEmoji.ttf of Debian's package") from None
+        raise click.ClickException(
+            f"{font_path} has no CBDT bitmaps; use NotoColorEmoji.ttf of Debian's package"
+        ) from None
     for bitmap in max(strikes, key=len).values():
         yield Image.open(io.BytesIO(bitmap.imageData)).convert("RGBA")
 

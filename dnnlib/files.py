@@ -1,16 +1,16 @@
 """Writing files so that a name never holds a partial content."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Union
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
 
 
 @contextmanager
-def replacing(path: Union[str, Path], sync: bool = True) -> Iterator[Path]:
+def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, remove it on failure.
 
     With `sync` the file reaches the disk before it is renamed, so that a power loss leaves the old content or the new
@@ -30,7 +30,7 @@ def replacing(path: Union[str, Path], sync: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Union[str, Path], text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, all or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Optional, TextIO, Union
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 class Logger:
     """Print lines above a running progress bar and append them to `path` (None: print only)."""
 
-    def __init__(self, path: Optional[Union[str, Path]] = None, stream: Optional[TextIO] = None) -> None:
+    def __init__(self, path: str | Path | None = None, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._file = open(path, "a", encoding="utf-8", buffering=1) if path is not None else None
 

@@ -6,7 +6,7 @@ a published state dict loads strictly. The step-condition branch of SFD-v exists
 """
 
 import math
-from typing import Iterator, Optional, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class _UNet(nn.Module):
     dec: nn.ModuleDict
     use_step_condition: bool
 
-    def _step_embedding(self, step_condition: Optional[Tensor], batch: int) -> Optional[Tensor]:
+    def _step_embedding(self, step_condition: Tensor | None, batch: int) -> Tensor | None:
         """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
         if step_condition is None:
             return None
@@ -130,7 +130,9 @@ class SongUNet(_UNet):
 
         def embedding() -> nn.Module:
             positional = embedding_type == "positional"
-            return PositionalEmbedding(noise_channels, endpoint=True) if positional else FourierEmbedding(noise_channels)
+            return (
+                PositionalEmbedding(noise_channels, endpoint=True) if positional else FourierEmbedding(noise_channels)
+            )
 
         self.map_noise = embedding()
         self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
@@ -201,9 +203,9 @@ class SongUNet(_UNet):
         self,
         x: Tensor,
         noise_labels: Tensor,
-        class_labels: Optional[Tensor] = None,
-        augment_labels: Optional[Tensor] = None,
-        step_condition: Optional[Tensor] = None,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        step_condition: Tensor | None = None,
         skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
@@ -218,7 +220,7 @@ class SongUNet(_UNet):
         x, skips = self._encode(x, emb, step_emb)
         return self._decode(x, skips, emb, step_emb, skip_tuning)
 
-    def _encode(self, x: Tensor, emb: Tensor, step_emb: Optional[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
         aux = x
         for name, block in self.enc.items():
@@ -233,9 +235,9 @@ class SongUNet(_UNet):
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x, skips: list[Tensor], emb: Tensor, step_emb: Optional[Tensor], skip_tuning: bool) -> Tensor:
+    def _decode(self, x, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None, skip_tuning: bool) -> Tensor:
         scales = _skip_scales(len(skips), skip_tuning)
-        image: Optional[Tensor] = None
+        image: Tensor | None = None
         for name, block in self.dec.items():
             if "aux_up" in name:
                 image = block(image)
@@ -325,9 +327,9 @@ class DhariwalUNet(_UNet):
         self,
         x: Tensor,
         noise_labels: Tensor,
-        class_labels: Optional[Tensor] = None,
-        augment_labels: Optional[Tensor] = None,
-        step_condition: Optional[Tensor] = None,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        step_condition: Tensor | None = None,
         skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""

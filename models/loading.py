@@ -50,9 +50,12 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> None:
         known |= set(inspect.signature(network).parameters)
     unknown = set(arguments) - known
     blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])
-    if unknown or not isinstance(blocks, int) or blocks > 64 or not isinstance(levels, (list, tuple)) or len(levels) > 16:
-        detail = f"unknown {', '.join(sorted(unknown))}" if unknown else f"num_blocks {blocks}, channel_mult {levels}"
-        raise click.ClickException(f"{source} describes a network with unusable arguments ({detail})")
+    if unknown:
+        raise click.ClickException(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
+    if not isinstance(blocks, int) or blocks > 64 or not isinstance(levels, (list, tuple)) or len(levels) > 16:
+        raise click.ClickException(
+            f"{source} describes an unusable network (num_blocks {blocks!r}, channel_mult {str(levels)[:60]})"
+        )
 
 
 def load_teacher(
@@ -151,7 +154,9 @@ def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
     if re.fullmatch(r"\d+", str(path)) and not Path(path).exists():
         runs = sorted(runs_dir.glob(f"{int(path):05d}-*")) if runs_dir.is_dir() else []
         if not runs:
-            raise click.ClickException(f"run {path} does not exist under ./{runs_dir}; expected a folder {int(path):05d}-…")
+            raise click.ClickException(
+                f"run {path} does not exist under ./{runs_dir}; expected a folder {int(path):05d}-…"
+            )
         path = runs[0]
     if not Path(path).is_dir():
         return Path(path)

@@ -147,7 +147,9 @@ class DiffusionModel(nn.Module):
     def check_prompt(self, prompt: str | None) -> None:
         """Refuse a caption, which a model in pixel space does not take."""
         if prompt is not None:
-            raise click.ClickException(f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text")
+            raise click.ClickException(
+                f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text"
+            )
 
     def denoise(
         self,

@@ -1,11 +1,11 @@
 """EDM preconditioning: a raw network F becomes the denoiser D (Karras et al. 2022, table 1 and equation 7).
 
-    D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ))
+D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ))
 
-    c_skip = σ_d² / (σ² + σ_d²)      c_out = σ σ_d / √(σ² + σ_d²)      c_in = 1 / √(σ² + σ_d²)      c_noise = ln(σ) / 4
+c_skip = σ_d² / (σ² + σ_d²)      c_out = σ σ_d / √(σ² + σ_d²)      c_in = 1 / √(σ² + σ_d²)      c_noise = ln(σ) / 4
 """
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class EDMPrecond(nn.Module):
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.use_fp16 = use_fp16
-        self.compute_dtype: Optional[torch.dtype] = None
+        self.compute_dtype: torch.dtype | None = None
         #: What rebuilds this network, JSON-serialisable; noise limits are the registry's business.
         self.init_kwargs = dict(
             img_resolution=img_resolution,
@@ -84,10 +84,10 @@ class EDMPrecond(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: Union[Tensor, float],
-        class_labels: Optional[Tensor] = None,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
         force_fp32: bool = False,
-        step_condition: Union[Tensor, float, None] = None,
+        step_condition: Tensor | float | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """Denoise `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
@@ -113,7 +113,7 @@ class EDMPrecond(nn.Module):
         )
         return c_skip * x + c_out * raw.float()
 
-    def _labels(self, class_labels: Optional[Tensor], device: torch.device) -> Optional[Tensor]:
+    def _labels(self, class_labels: Tensor | None, device: torch.device) -> Tensor | None:
         if self.label_dim == 0:
             return None
         if class_labels is None:
@@ -121,7 +121,7 @@ class EDMPrecond(nn.Module):
         return class_labels.float().reshape(-1, self.label_dim)
 
 
-def _on_device(value: Union[Tensor, float], like: Tensor) -> Tensor:
+def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a float32 tensor beside `like`; a plain number is filled in on the device, which needs no copy."""
     if isinstance(value, Tensor):
         return value.to(like.device, torch.float32)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -47,7 +46,10 @@ ROWS = {
         DatasetRow("imagenet64", "edm", f"{EDM_URL}/edm-imagenet-64x64-cond-adm.pkl", 64, label_dim=1000),
         DatasetRow("lsun_bedroom", "consistency-models", "edm_bedroom256_ema.pt", 256),
         DatasetRow(
-            "lsun_bedroom_ldm", "latent-diffusion", "https://ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip", 256
+            "lsun_bedroom_ldm",
+            "latent-diffusion",
+            "https://ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip",
+            256,
         ),
         DatasetRow("ffhq_ldm", "latent-diffusion", "https://ommer-lab.com/files/latent-diffusion/ffhq.zip", 256),
         DatasetRow(

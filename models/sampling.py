@@ -194,12 +194,12 @@ def open_sampler(
 def _check_student(student: DiffusionModel, dataset_name: str | None, options: SamplerOptions) -> None:
     if dataset_name is not None and dataset_name != student.dataset_name:
         raise click.ClickException(
-            f"--dataset_name={dataset_name}, but the student was distilled on {student.dataset_name}; leave the flag out"
+            f"--dataset_name={dataset_name}, but the student is of {student.dataset_name}; leave the flag out"
         )
     foreign = [name for name in options.given() if name != "num_steps"]
     if foreign:
         raise click.ClickException(
-            f"--{foreign[0]} belongs to a teacher; a student takes the Euler steps it was distilled for, so leave it out"
+            f"--{foreign[0]} belongs to a teacher; a student takes the steps it was distilled for, so leave it out"
         )
 
 

@@ -6,7 +6,7 @@ and carries the noise level.
 """
 
 import math
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +35,19 @@ def zeros(shape: Sequence[int], fan_in: int, fan_out: int) -> Tensor:
     return torch.zeros(*shape)
 
 
+DEFAULT_INIT = kaiming_normal()
+
+
 class Linear(nn.Module):
     """`x @ weight.T + bias` for `[B, in_features]`, with the initialisations that EDM uses."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, init: Init = kaiming_normal(), init_bias: Init = zeros
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        init: Init = DEFAULT_INIT,
+        init_bias: Init = zeros,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -66,7 +74,7 @@ class Conv2d(nn.Module):
         down: bool = False,
         resample_filter: Sequence[float] = (1, 1),
         fused: bool = False,
-        init: Init = kaiming_normal(),
+        init: Init = DEFAULT_INIT,
         init_bias: Init = zeros,
     ) -> None:
         super().__init__()
@@ -77,7 +85,7 @@ class Conv2d(nn.Module):
         self.weight = nn.Parameter(init([out_channels, in_channels, kernel, kernel], *fans)) if kernel else None
         self.bias = nn.Parameter(init_bias([out_channels], *fans)) if kernel else None
         self.register_buffer("resample_filter", _outer_filter(resample_filter) if up or down else None)
-        # Two equal taps are an average pool or a nearest-neighbour repeat, which cost far less than a grouped convolution.
+        # Two equal taps are an average pool or a nearest-neighbour repeat, far cheaper than a grouped convolution.
         self._is_box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
 
     def _upsample(self, x: Tensor, padding: int) -> Tensor:
@@ -172,7 +180,7 @@ class UNetBlock(nn.Module):
         up: bool = False,
         down: bool = False,
         attention: bool = False,
-        num_heads: Optional[int] = None,
+        num_heads: int | None = None,
         channels_per_head: int = 64,
         dropout: float = 0.0,
         skip_scale: float = 1.0,
@@ -181,10 +189,10 @@ class UNetBlock(nn.Module):
         resample_proj: bool = False,
         adaptive_scale: bool = True,
         use_step_condition: bool = False,
-        init: Init = kaiming_normal(),
+        init: Init = DEFAULT_INIT,
         init_bias: Init = zeros,
         init_last: Init = zeros,
-        init_attention: Optional[Init] = None,
+        init_attention: Init | None = None,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -212,7 +220,7 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, kernel=1, init=init_attention or init, **attention_bias)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_last)
 
-    def forward(self, x: Tensor, emb: Tensor, step_emb: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
         residual = x if self.skip is None else self.skip(x)
         x = self.conv0(F.silu(self.norm0(x)))
         x = self._modulate(x, emb, step_emb)
@@ -220,7 +228,7 @@ class UNetBlock(nn.Module):
         x = (x + residual) * self.skip_scale
         return (x + self._attend(self.norm2(x))) * self.skip_scale if self.num_heads else x
 
-    def _modulate(self, x: Tensor, emb: Tensor, step_emb: Optional[Tensor]) -> Tensor:
+    def _modulate(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> Tensor:
         modulations = [self.affine(emb)] + ([] if step_emb is None else [self.affine_step(step_emb)])
         modulations = [m[:, :, None, None].to(x.dtype) for m in modulations]
         if not self.adaptive_scale:

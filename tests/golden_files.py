@@ -1,4 +1,4 @@
-"""Reading `tests/golden/*.npz`: numbers computed with the public reference implementations (see tests/golden/README.md)."""
+"""Reading `tests/golden/*.npz`: numbers computed with the public reference implementations (see the README there)."""
 
 from __future__ import annotations
 

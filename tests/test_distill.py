@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from golden_files import Golden
+
 from models import EDMPrecond
 from models.loading import make_student
 from models.model import DiffusionModel, SamplingSettings
@@ -117,7 +117,14 @@ def test_analytical_step_needs_no_network_and_trains_nothing():
     calls = []
     distiller.student.register_forward_hook(lambda *args: calls.append(1))
     before = [p.clone() for p in distiller.trained]
-    distiller._step(0, [GOLDEN["noise"][0] * 80], [torch.zeros(4, 3, 8, 8)], [None], torch.tensor([80.0, 10.0]), distiller.student.sampling)
+    distiller._step(
+        0,
+        [GOLDEN["noise"][0] * 80],
+        [torch.zeros(4, 3, 8, 8)],
+        [None],
+        torch.tensor([80.0, 10.0]),
+        distiller.student.sampling,
+    )
     assert not calls and all(torch.equal(a, b) for a, b in zip(before, distiller.trained))
 
 

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from golden_files import Golden
+
 from models import EDMPrecond
 
-NETS = [("edm_networks", "song"), ("edm_networks", "ncsnpp"), ("edm_networks_adm", "adm"), ("edm_networks_adm2h", "adm2h")]
+NETS = [
+    ("edm_networks", "song"),
+    ("edm_networks", "ncsnpp"),
+    ("edm_networks_adm", "adm"),
+    ("edm_networks_adm2h", "adm2h"),
+]
 #: recommended by the reference: atol 5e-5 + rtol 1e-4
 CLOSE = dict(atol=5e-5, rtol=1e-4)
 
@@ -114,7 +119,9 @@ def test_unknown_choices_are_refused():
 
 @pytest.mark.parametrize("encoder, decoder", [("skip", "standard"), ("standard", "skip"), ("skip", "skip")])
 def test_skip_encoder_and_decoder_run_and_train(encoder, decoder):
-    kwargs = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8], resample_filter=[1, 3, 3, 1])
+    kwargs = dict(
+        model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8], resample_filter=[1, 3, 3, 1]
+    )
     net = EDMPrecond(16, 3, model_type="SongUNet", encoder_type=encoder, decoder_type=decoder, **kwargs)
     net(torch.randn(2, 3, 16, 16), torch.tensor([0.1, 10.0])).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

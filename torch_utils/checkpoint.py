@@ -8,8 +8,9 @@ needed to use it: `network` (class and constructor arguments) and whatever its w
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, Union
+from typing import Any
 
 import click
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dnnlib import replacing
 
-PathLike = Union[str, Path]
+PathLike = str | Path
 METADATA_KEY = "sfd"
 
 
@@ -40,7 +41,7 @@ def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a network file → (float32 state dict on the CPU, settings)."""
     with _open_network(path) as file:
         settings = _parse_settings(path, file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, settings
 
 
@@ -63,7 +64,7 @@ def _parse_settings(path: PathLike, metadata: Any) -> dict[str, Any]:
             raise TypeError
     except (TypeError, KeyError, ValueError, RecursionError):
         raise click.ClickException(
-            f"{path} holds tensors without this program's settings; expected a file written by train.py or training.pretrain"
+            f"{path} holds tensors without this program's settings; expected a file of train.py or training.pretrain"
         ) from None
     return settings
 
@@ -98,4 +99,6 @@ def read_state(path: PathLike) -> dict[str, Any]:
         raise click.ClickException(f"{path} does not exist; expected a training state") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise click.ClickException(f"{path} is not a readable training state ({reason[:120]}); use an earlier one") from None
+        raise click.ClickException(
+            f"{path} is not a readable training state ({reason[:120]}); use an earlier one"
+        ) from None

@@ -1,14 +1,12 @@
 """Which device and which precision to compute with."""
 
-from typing import Optional
-
 import click
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def pick_device(name: Optional[str] = None, local_rank: int = 0) -> torch.device:
+def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """The device that `name` asks for (`cuda`, `cuda:1`, `mps`, `cpu`); None picks the fastest there is.
 
     A bare `cuda` becomes the GPU of this process' `local_rank`.
@@ -23,7 +21,9 @@ def pick_device(name: Optional[str] = None, local_rank: int = 0) -> torch.device
         count = torch.cuda.device_count()
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise click.ClickException(f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu")
+            raise click.ClickException(
+                f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu"
+            )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise click.ClickException("--device=mps is not available here; use --device=cpu")
@@ -32,7 +32,7 @@ def pick_device(name: Optional[str] = None, local_rank: int = 0) -> torch.device
     return device
 
 
-def pick_precision(name: Optional[str], device: torch.device) -> str:
+def pick_precision(name: str | None, device: torch.device) -> str:
     """`name` itself, or the default of the device: fp16 on CUDA, bf16 on a CPU with native bf16, else fp32."""
     if name is not None:
         return name

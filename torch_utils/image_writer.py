@@ -63,7 +63,9 @@ class ImageWriter:
                     f"{self.folder} holds images made with another {', '.join(changed)}; choose another --outdir"
                 )
         elif next(self.folder.rglob("*.png"), None) is not None:
-            raise click.ClickException(f"{self.folder} holds images that sample.py did not make; choose another --outdir")
+            raise click.ClickException(
+                f"{self.folder} holds images that sample.py did not make; choose another --outdir"
+            )
         write_text(path, json.dumps(options, indent=2) + "\n")
 
     def path(self, seed: int) -> Path:
@@ -99,9 +101,8 @@ class ImageWriter:
             distributed.on_first_rank(self._archive)
 
     def _archive(self) -> None:
-        with replacing(self.dest) as temporary:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                for path in sorted(self.folder.rglob("img*.png")):
-                    archive.write(path, path.relative_to(self.folder).as_posix())
-                archive.writestr("dataset.json", json.dumps({"labels": None}))
+        with replacing(self.dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(self.folder.rglob("img*.png")):
+                archive.write(path, path.relative_to(self.folder).as_posix())
+            archive.writestr("dataset.json", json.dumps({"labels": None}))
         shutil.rmtree(self.folder)

@@ -1,8 +1,8 @@
 """From network output to pictures."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def draw_grid(rows: Sequence[np.ndarray], labels: Optional[Sequence[str]] = None, scale: int = 1) -> Image.Image:
+def draw_grid(rows: Sequence[np.ndarray], labels: Sequence[str] | None = None, scale: int = 1) -> Image.Image:
     """One picture of rows of uint8 images `[N, H, W, C]`, each row with its label above it."""
     height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
     header = 16 if labels else 0
@@ -45,7 +45,7 @@ def square_rows(images: np.ndarray) -> list[np.ndarray]:
     return [images[i : i + columns] for i in range(0, len(images), columns)]
 
 
-def save_picture(picture: Image.Image, path: Union[str, Path]) -> None:
+def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Write a PNG, all or nothing."""
     with replacing(path) as temporary:
         picture.save(temporary, "PNG")

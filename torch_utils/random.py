@@ -1,10 +1,10 @@
 """Random numbers that depend on what they are for, not on what was drawn before.
 
-Every stream is named by integers, such as (seed, iteration, sample). A resumed run, another batch size or another number
-of processes therefore draws the same numbers. Drawing happens on the CPU, so that every device sees the same ones.
+Every stream is named by integers, such as (seed, iteration, sample). A resumed run, another batch size or another
+number of processes therefore draws the same numbers. Drawing happens on the CPU, so that all devices see the same ones.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -84,7 +85,7 @@ class DistillConfig:
         """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-desc]`, as run directories are called."""
         short = {"polynomial": "poly", "logsnr": "logsnr", "time_uniform": "uni", "discrete": "discrete"}
         schedule = short[self.schedule_type] + ("" if self.schedule_type == "logsnr" else f"{self.schedule_rho:g}")
-        steps, nfe = _span(self.step_choices), _span([s - 1 - self.afs for s in self.step_choices])
+        steps, nfe = span(self.step_choices), span([s - 1 - self.afs for s in self.step_choices])
         solver = "euler" if self.is_second_stage else self.sampler_tea
         parts = [self.dataset_name, steps, nfe, solver, str(self.M), schedule]
         return "-".join(parts + ["afs"] * self.afs + ([desc] if desc else []))
@@ -93,7 +94,8 @@ class DistillConfig:
         return asdict(self)
 
 
-def _span(values: Any) -> str:
+def span(values: Sequence[int]) -> str:
+    """`2`, or `2to5` for several values."""
     return f"{min(values)}" if len(set(values)) == 1 else f"{min(values)}to{max(values)}"
 
 
@@ -105,26 +107,34 @@ def check(config: DistillConfig) -> None:
             f"--num_steps={config.num_steps} leaves no step to train; with --afs={config.afs} use at least {smallest}"
         )
     if config.M < 0:
-        raise click.ClickException(f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)")
+        raise click.ClickException(
+            f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)"
+        )
     if config.guidance_type == "cfg":
         raise click.ClickException(
-            f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has none, use uncond"
+            f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has no text"
         )
     if config.guidance_type is None and config.guidance_rate != 1:
         raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
     if config.is_second_stage and config.model_path is None:
-        raise click.ClickException("--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further")
+        raise click.ClickException(
+            "--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further"
+        )
     if config.is_second_stage and config.lpips in ("reference", "standard"):
         raise click.ClickException(
-            f"--lpips={config.lpips} needs the LPIPS network, which arrives with the published teachers; use --lpips=off"
+            f"--lpips={config.lpips} needs the LPIPS network, which comes with the published teachers; use --lpips=off"
         )
     if config.use_step_condition and not config.is_second_stage and config.num_steps not in VARIABLE_STEPS:
         raise click.ClickException(
-            f"--num_steps={config.num_steps} with --use_step_condition=True is outside the drawn {_span(VARIABLE_STEPS)}"
+            f"--num_steps={config.num_steps} with --use_step_condition=True is not one of {span(VARIABLE_STEPS)}"
         )
     try:
-        get_solver(config.sampler_tea, config.max_order, config.predict_x0, config.lower_order_final, config.thresholding)
-        SamplingSettings(config.dataset_name, config.num_steps, config.afs, config.schedule_type, config.schedule_rho, 1, 2)
+        get_solver(
+            config.sampler_tea, config.max_order, config.predict_x0, config.lower_order_final, config.thresholding
+        )
+        SamplingSettings(
+            config.dataset_name, config.num_steps, config.afs, config.schedule_type, config.schedule_rho, 1, 2
+        )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
 
@@ -137,7 +147,7 @@ def describe(config: DistillConfig) -> str:
     evaluations = [count_evaluations(solver, config.teacher_steps(steps)) for steps in choices]
     return (
         f"Run directory: 00000-{config.run_name()} (or the next free number)\n"
-        f"Student: NFE {_span(nfes)}; teacher: {_span(evaluations)} evaluations per trajectory\n"
+        f"Student: NFE {span(nfes)}; teacher: {span(evaluations)} evaluations per trajectory\n"
         f"Length: {config.total_images // config.batch} iterations of {config.batch}"
     )
 
@@ -145,7 +155,9 @@ def describe(config: DistillConfig) -> str:
 def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
     """Samples that one process handles at a time, so that `batch` splits evenly over processes and rounds."""
     if batch % processes:
-        raise click.ClickException(f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}")
+        raise click.ClickException(
+            f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}"
+        )
     local = batch // processes
     size = local if batch_gpu is None else min(batch_gpu, local)
     if local % size:
@@ -167,12 +179,14 @@ def follow_teacher(config: DistillConfig, teacher: SamplingSettings) -> DistillC
             "the second stage keeps its teacher's schedule"
         )
     if config.use_step_condition and not teacher.use_step_condition:
-        raise click.ClickException("--use_step_condition=True, but --model_path has no step condition; leave the flag out")
+        raise click.ClickException(
+            "--use_step_condition=True, but --model_path has no step condition; leave the flag out"
+        )
     needed = config.teacher_steps(config.num_steps)
     allowed = VARIABLE_STEPS if teacher.is_variable else (teacher.num_steps,)
     if needed not in allowed:
         raise click.ClickException(
-            f"--num_steps={config.num_steps} --M={config.M} sample the model at {needed} timestamps, it was distilled for "
-            f"{_span(allowed)}; (M+1)·(num_steps−1)+1 must match"
+            f"--num_steps={config.num_steps} --M={config.M} sample the model at {needed} timestamps, it was made for "
+            f"{span(allowed)}; (M+1)·(num_steps−1)+1 must match"
         )
     return replace(config, use_step_condition=teacher.use_step_condition)

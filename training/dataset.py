@@ -8,7 +8,6 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Optional, Union
 
 import click
 import numpy as np
@@ -27,9 +26,9 @@ class ImageDataset:
         click.ClickException: the path is missing, holds no image, or its labels do not match.
     """
 
-    def __init__(self, path: Union[str, Path]) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._archive: Optional[zipfile.ZipFile] = None
+        self._archive: zipfile.ZipFile | None = None
         if self.path.is_dir():
             files = (p for p in self.path.rglob("*") if p.is_file())
             names = [p.relative_to(self.path).as_posix() for p in files]
@@ -86,7 +85,7 @@ class ImageDataset:
     def _read(self, name: str) -> bytes:
         return (self.path / name).read_bytes() if self.path.is_dir() else self._zip().read(name)
 
-    def _read_labels(self) -> Optional[np.ndarray]:
+    def _read_labels(self) -> np.ndarray | None:
         try:
             pairs = json.loads(self._read("dataset.json"))["labels"]
             if pairs is None:

@@ -1,6 +1,6 @@
 """One iteration of Simple and Fast Distillation (arXiv 2409.19681, algorithm 1).
 
-The teacher's solver runs once, without gradients, and leaves its states x̃ at the student's timestamps t_0 > … > t_{N−1}.
+The teacher's solver runs once, without gradients, and leaves its states x̃ at the student's times t_0 > … > t_{N−1}.
 The student then walks the same timestamps by Euler steps from its *own* states, and after each step is pulled to x̃:
 
     x_{i+1} = x_i + (t_{i+1} − t_i) (x_i − D_θ(x_i; t_i)) / t_i        θ ← Adam( ∇_θ Σ |x_{i+1} − x̃_{i+1}| / batch )
@@ -49,9 +49,7 @@ class Teacher:
         """The teacher's timestamps for a student of `num_steps`; every (M+1)-th is the student's."""
         s = self.sampling
         count = self.config.teacher_steps(num_steps)
-        return get_schedule(
-            s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule
-        )
+        return get_schedule(s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule)
 
     @torch.no_grad()
     def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int) -> Tensor:
@@ -162,7 +160,7 @@ class Distiller:
         for param in self.trained:
             if param.grad is not None:
                 torch.nan_to_num(param.grad, nan=0.0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
-        # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay as they are.
+        # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay.
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         self.skipped += bad

@@ -29,7 +29,7 @@ from torch_utils.random import derive_seed
 
 from . import runs
 from .conditions import DROPOUT, INIT, draw_labels, draw_noise, draw_num_steps
-from .config import DistillConfig, follow_teacher, micro_batch
+from .config import DistillConfig, follow_teacher, micro_batch, span
 from .distill import Distiller, Teacher
 from .runs import Intervals
 
@@ -155,8 +155,8 @@ class Run:
         size = format_count(sum(p.numel() for p in self.distiller.trained))
         nfes = [replace(self.student.sampling, num_steps=n).nfe for n in config.step_choices]
         self.log(
-            f"{self.run_dir}: {config.dataset_name}, {size} trained parameters, NFE {runs_of(nfes)}, {config.precision} on "
-            f"{distributed.world_size()}× {self.device.type}, micro-batch {self.distiller.micro} of {config.batch}"
+            f"{self.run_dir}: {config.dataset_name}, {size} trained parameters, NFE {span(nfes)}, {config.precision} "
+            f"on {distributed.world_size()}× {self.device.type}, micro-batch {self.distiller.micro} of {config.batch}"
         )
 
     def _report(self, tick: int, duration: float, images: int, maintenance: float, losses: dict[str, float]) -> None:
@@ -171,7 +171,8 @@ class Run:
         final = [v for k, v in losses.items() if int(k.split("/")[1]) == int(k.split("/")[2]) + 2]
         loss, skipped = float(np.mean(final)), int(self.distiller.skipped)
         fields = {
-            "tick": f"{tick:<5d}", "kimg": f"{self.images / 1000:<8.1f}", "time": f"{format_duration(self.seconds):<12s}",
+            "tick": f"{tick:<5d}", "kimg": f"{self.images / 1000:<8.1f}",
+            "time": f"{format_duration(self.seconds):<12s}",
             "sec/tick": f"{duration:<7.1f}", "sec/kimg": f"{duration / images * 1000:<7.2f}",
             "maintenance": f"{maintenance:<6.1f}", **{k: f"{v:<6.2f}" for k, v in memory.items()},
             "loss": f"{loss:<8.2f}", "skipped": f"{skipped}",
@@ -179,7 +180,8 @@ class Run:
         self.log(" ".join(f"{name} {value}" for name, value in fields.items()))
         lr = self.config.learning_rate(self.images - 1)
         stats = {
-            "images": self.images, "kimg": self.images / 1000, "seconds": round(self.seconds, 3), "loss": loss, **losses,
+            "images": self.images, "kimg": self.images / 1000, "seconds": round(self.seconds, 3),
+            "loss": loss, **losses,
             "sec_per_kimg": duration / images * 1000, "lr": lr, "skipped": skipped, **memory, "timestamp": time.time(),
         }  # fmt: skip
         with open(self.run_dir / runs.STATS, "a", encoding="utf-8") as file:
@@ -250,10 +252,6 @@ class LaggedCount:
             self._value, self._pending = int(host), None
 
 
-def runs_of(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{min(values)}–{max(values)}"
-
-
 def train(
     config: DistillConfig,
     outdir: Path,
@@ -262,7 +260,7 @@ def train(
     desc: str | None = None,
     subdir: bool = True,
     resume: str = "auto",
-    intervals: Intervals = Intervals(),
+    intervals: Intervals,
     batch_gpu: int | None = None,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory."""

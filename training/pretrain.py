@@ -6,16 +6,17 @@ EDM's objective (Karras et al. 2022, table 1 and equation 8): with σ = exp(P_me
 
 minimised by Adam; the weights kept are an exponential moving average. The learning rate is constant after a warm-up and
 falls linearly to zero over the last part of the run, so that a run can be prolonged by the same command with a larger
-`--kimg`. All random numbers of an iteration derive from (seed, iteration): a run that was stopped and started again ends
-with the weights of an uninterrupted one.
+`--kimg`. All random numbers of an iteration derive from (seed, iteration): a run that was stopped and started again
+ends with the weights of an uninterrupted one.
 """
 
 import copy
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import click
 import torch
@@ -37,7 +38,7 @@ GRAD_LIMIT = 1e5
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of a pre-training run; everything but `kimg`, `decay` and the intervals must stay the same on resuming."""
+    """Settings of a run; all but `kimg`, `decay`, `precision` and `snap_kimg` must stay the same on resuming."""
 
     data: str
     network: dict[str, Any]
@@ -53,7 +54,7 @@ class PretrainConfig:
     snap_kimg: float = 50
 
 
-def edm_loss(net: EDMPrecond, images: Tensor, labels: Optional[Tensor], rng: torch.Generator) -> Tensor:
+def edm_loss(net: EDMPrecond, images: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
     """EDM's weighted denoising loss, mean over everything, for images in [-1, 1]."""
     z = torch.randn([len(images), 1, 1, 1], generator=rng)
     noise = torch.randn(images.shape, generator=rng).to(images.device)
@@ -155,7 +156,9 @@ class Trainer:
         state = read_state(self.outdir / "state.pt")
         free = {"kimg", "decay", "snap_kimg", "precision"}
         mine, saved = asdict(self.config), state["config"]
-        changed = [f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v]
+        changed = [
+            f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
+        ]
         if changed:
             raise click.ClickException(
                 f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
@@ -222,8 +225,12 @@ def _integers(value: str) -> list[int]:
 @click.command(context_settings={"show_default": True})
 # Data and output.
 @click.option("--data", help="Images: folder or zip", metavar="PATH", required=True)
-@click.option("--outdir", help="Where to save the run; an unfinished one there is continued", metavar="DIR", required=True)
-@click.option("--cond", help="Train a class-conditional model from the labels of dataset.json", type=bool, default=False)
+@click.option(
+    "--outdir", help="Where to save the run; an unfinished one there is continued", metavar="DIR", required=True
+)
+@click.option(
+    "--cond", help="Train a class-conditional model from the labels of dataset.json", type=bool, default=False
+)
 @click.option("--xflip", help="Mirror half of the images", type=bool, default=False)
 # Network.
 @click.option("--channels", help="Width of the first level", type=click.IntRange(min=4), default=32)
@@ -232,10 +239,14 @@ def _integers(value: str) -> list[int]:
 @click.option("--attn", help="Resolutions with self-attention", metavar="LIST", default="8")
 @click.option("--dropout", help="Dropout probability", type=click.FloatRange(0, 1), default=0.0)
 # Optimisation.
-@click.option("--kimg", help="Length of the run, thousands of images", type=click.FloatRange(min=0, min_open=True), default=2000)
+@click.option(
+    "--kimg", help="Length of the run, thousands of images", type=click.FloatRange(min=0, min_open=True), default=2000
+)
 @click.option("--batch", help="Batch size", type=click.IntRange(min=1), default=64)
 @click.option("--lr", help="Learning rate", type=click.FloatRange(min=0, min_open=True), default=2e-3)
-@click.option("--decay", help="Last part of the run over which the rate falls to zero", type=click.FloatRange(0, 1), default=0.3)
+@click.option(
+    "--decay", help="Last part of the run over which the rate falls to zero", type=click.FloatRange(0, 1), default=0.3
+)
 @click.option("--ema", help="Half-life of the averaged weights, kimg", type=click.FloatRange(min=0), default=50)
 @click.option("--precision", help="Core of the network; default by device", type=click.Choice(list(PRECISIONS)))
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest", metavar="NAME")

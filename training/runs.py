@@ -90,7 +90,11 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
         return outdir, _require_lock(outdir)
     if resume == "auto":
         for run_dir in numbered(outdir):
-            if read_options(run_dir) == config.to_json() and not is_finished(run_dir, config) and (held := lock(run_dir)):
+            if (
+                read_options(run_dir) == config.to_json()
+                and not is_finished(run_dir, config)
+                and (held := lock(run_dir))
+            ):
                 return run_dir, held
     while True:
         number = max((int(p.name[:5]) for p in numbered(outdir)), default=-1) + 1
@@ -105,7 +109,9 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
 def _require_lock(run_dir: Path) -> TextIO:
     held = lock(run_dir)
     if held is None:
-        raise click.ClickException(f"{run_dir} is being trained by another process; wait for it, or use another --outdir")
+        raise click.ClickException(
+            f"{run_dir} is being trained by another process; wait for it, or use another --outdir"
+        )
     return held
 
 
@@ -116,7 +122,7 @@ def _check_resumable(run_dir: Path, config: DistillConfig) -> None:
     changed = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in config.to_json().items() if saved.get(k) != v]
     if changed:
         raise click.ClickException(
-            f"--resume: {run_dir} was started with other settings ({'; '.join(changed)}); repeat them, or start a new run"
+            f"--resume: {run_dir} has other settings ({'; '.join(changed)}); repeat them, or start a new run"
         )
 
 
