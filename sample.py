@@ -9,15 +9,14 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from dnnlib import one_line_errors, write_text
+from dnnlib import make_folder, one_line_errors, write_text
 from models.registry import ROWS
 from models.sampling import Sampler, SamplerOptions, comparison_rows, open_sampler
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.image_writer import ImageWriter
 from torch_utils.images import draw_grid, save_picture, square_rows
 
@@ -60,7 +59,7 @@ def sample_all(sampler: Sampler, seeds: list[int], class_index: int | None, batc
 def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
     """All images in one picture, `grid.png`."""
     images = sample_all(sampler, seeds, class_index, batch)
-    outdir.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir, "--outdir")
     save_picture(draw_grid(square_rows(images)), outdir / "grid.png")
     return outdir / "grid.png"
 
@@ -70,7 +69,7 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
     rows = comparison_rows(sampler)
     images = [sample_all(row, seeds, class_index, batch) for _, row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
-    outdir.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir, "--outdir")
     labels = [f"{name}, NFE {row.nfe}" for name, row in rows]
     scale = max(1, 64 // images[0].shape[1])
     save_picture(draw_grid(images, labels, scale), outdir / "compare.png")
@@ -142,6 +141,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         if distributed.is_first_process():
             click.echo(json.dumps(plan, indent=2))
         return
+    configure_backends()
     distributed.init(device)
     opened = open_sampler(model_path, dataset_name, options, device, PRECISIONS[precision])
     sampler, model = opened.sampler, opened.sampler.model
@@ -166,5 +166,4 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.benchmark = True
     one_line_errors(main)()

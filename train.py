@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from dnnlib import one_line_errors
 from models.registry import ROWS, get_row
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch
 from training.runs import Intervals
@@ -99,7 +98,7 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
             click.echo(json.dumps(config.to_json(), indent=2))
             click.echo(describe(config))
         return
-    torch.backends.cudnn.benchmark = opts["bench"]
+    configure_backends(opts["bench"])
     loop.train(
         config,
         Path(opts["outdir"]),

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
+
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
 
@@ -28,6 +30,18 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path, flag: str) -> None:
+    """Make a folder and its parents; a place that cannot be written is one clear line that names the `flag`."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(0, "no permission to write")
+    except OSError as error:
+        raise click.ClickException(
+            f"{flag}={path} cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,7 +13,9 @@ import click
 import torch
 from torch import Tensor
 
+from dnnlib.download import cache_dir, fetch
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
+from torch_utils.edm_pickle import read_edm_pickle
 
 from .model import DiffusionModel, SamplingSettings
 from .precond import NETWORKS, EDMPrecond
@@ -65,7 +67,7 @@ def load_teacher(
 
     Args:
         dataset_name: a name of `models.registry`; None with `model_path` for a model of one's own.
-        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`.
+        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, or a pickle of EDM's training.
         device: where to put it.
 
     Raises:
@@ -86,13 +88,18 @@ def load_teacher(
 def _read_registered(row: DatasetRow) -> EDMPrecond:
     if row.loader == "embedded":
         return _read_own_teacher(ASSETS / row.source)
+    if row.loader == "edm":
+        return _read_own_teacher(fetch([row.source], cache_dir() / row.name / row.source.rsplit("/", 1)[1]))
     raise click.ClickException(
-        f"the loader of {row.name} ({row.loader}) is not part of this version; use dataset_name=emoji32, "
-        "or --model_path with a teacher made by training.pretrain"
+        f"the loader of {row.name} ({row.loader}) is not part of this version; use emoji32 or one "
+        "of the EDM teachers, or --model_path with a teacher of your own"
     )
 
 
 def _read_own_teacher(path: Path) -> EDMPrecond:
+    if path.suffix == ".pkl":
+        pickled = read_edm_pickle(path)
+        return build_network({"class": pickled.class_name, **pickled.init_kwargs}, pickled.state_dict, str(path))
     tensors, settings = read_network(path)
     return build_network(settings["network"], tensors, str(path))
 
@@ -147,6 +154,11 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
     if settings.get("format") != "student":
         raise click.ClickException(f"{path} is a teacher, not a student; sample it with --model_path=teacher")
     return SamplingSettings.from_json(settings.get("sampling"), str(path))
+
+
+def is_teacher_file(path: Path) -> bool:
+    """Whether a network file is a teacher: a pickle of EDM's training, or what `training.pretrain` writes."""
+    return path.suffix == ".pkl" or read_settings(path).get("format") == "teacher"
 
 
 def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from solvers import Solver, count_evaluations, get_schedule, get_solver, solve
-from torch_utils.checkpoint import read_settings
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
-from .loading import find_student, load_student, load_teacher
+from .loading import find_student, is_teacher_file, load_student, load_teacher
 from .model import DiffusionModel
 
 #: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
@@ -173,7 +172,7 @@ def open_sampler(
     """
     is_registered = model_path == "teacher"
     path = None if is_registered else find_student(model_path)
-    if is_registered or read_settings(path).get("format") == "teacher":
+    if is_registered or is_teacher_file(path):
         model = load_teacher(dataset_name, path, device)
         sampler = teacher_sampler(model, options)
         effective = replace(TEACHER_DEFAULTS, **options.given())

@@ -42,7 +42,9 @@ def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _open_network(path) as file:
         settings = _parse_settings(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, settings
+    # Copies, since tensors inside a mapped file are not aligned, and kernels then round in another order.
+    dtypes = {name: torch.float32 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    return {name: t.to(dtypes[name], copy=True) for name, t in tensors.items()}, settings
 
 
 def _open_network(path: PathLike) -> Any:

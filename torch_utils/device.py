@@ -32,6 +32,15 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def configure_backends(benchmark: bool = True) -> None:
+    """Let cuDNN time its algorithms, and keep float32 exact: no TF32, and no half-precision sums."""
+    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def pick_precision(name: str | None, device: torch.device) -> str:
     """`name` itself, or the default of the device: fp16 on CUDA, bf16 on a CPU with native bf16, else fp32."""
     if name is not None:

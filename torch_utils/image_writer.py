@@ -15,7 +15,7 @@ from typing import Any
 import click
 import numpy as np
 
-from dnnlib import replacing, write_text
+from dnnlib import make_folder, replacing, write_text
 
 from . import distributed
 from .images import to_pil
@@ -50,7 +50,7 @@ class ImageWriter:
         """Make sure that what is already there was made with the same options."""
         if self.zipped and self.dest.exists():
             raise click.ClickException(f"{self.dest} already exists; remove it, or choose another --outdir")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "--outdir")
         path = self.folder / OPTIONS
         if path.exists():
             try:

@@ -106,9 +106,10 @@ class Run:
                 self.seconds += duration + maintenance
                 self._report(tick, duration, self.images - tick_from, maintenance, losses)
                 started = time.time()
-                if done or (self.intervals.snap and tick % self.intervals.snap == 0):
+                # A large batch can jump over ticks, so multiples are crossed rather than met.
+                if done or tick // self.intervals.snap > tick_before // self.intervals.snap:
                     self.save_snapshot()
-                if done or (self.intervals.dump and tick % self.intervals.dump == 0):
+                if done or tick // self.intervals.dump > tick_before // self.intervals.dump:
                     self.save_state()
                 maintenance, tick_start, tick_from = time.time() - started, time.time(), self.images
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib import Logger, format_count, format_duration, one_line_errors, write_text
+from dnnlib import Logger, format_count, format_duration, make_folder, one_line_errors, write_text
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import read_state, save_network, save_state
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
@@ -183,7 +183,7 @@ class Trainer:
 
 def train(config: PretrainConfig, device: torch.device, outdir: Path) -> None:
     """Run or continue a pre-training run in `outdir`."""
-    outdir.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir, "--outdir")
     log = Logger(outdir / "log.txt")
     trainer = Trainer(config, device, outdir)
     if (outdir / "state.pt").exists():

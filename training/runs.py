@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import click
 
-from dnnlib import write_text
+from dnnlib import make_folder, write_text
 from torch_utils.checkpoint import read_settings, read_state
 
 from .config import DistillConfig
@@ -21,11 +21,11 @@ OPTIONS, STATE, STATS, LOG, LOCK = "training_options.json", "training-state.pt",
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often things happen: `tick` in kimg, `snap` and `dump` in ticks (None: at the end only)."""
+    """How often things happen: status lines every `tick` kimg, students and states every `snap` and `dump` ticks."""
 
     tick: float = 5
-    snap: int | None = 10
-    dump: int | None = 10
+    snap: int = 10
+    dump: int = 10
 
 
 def snapshot_name(images: int) -> str:
@@ -81,7 +81,7 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
         run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
         _check_resumable(run_dir, config)
         return run_dir, _require_lock(run_dir)
-    outdir.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir, "--outdir")
     if not subdir:
         if (outdir / STATE).exists():
             if resume == "never":
