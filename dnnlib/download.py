@@ -1,0 +1,378 @@
+"""Fetching published files: mirrors, resuming, checksums, and one download for all who ask at the same time.
+
+A file is downloaded to `NAME.part` beside its destination, verified, synced and renamed, so its own name never holds
+half a file. Where no checksum is published, the one of the first download is recorded in `checksums.json` in the cache
+directory, and the file must have it from then on.
+
+Environment: `SFD_CACHE` (cache directory, default `./src`), `SFD_OFFLINE=1`, `HF_ENDPOINT` (replaces
+https://huggingface.co), `RANK` (only rank 0 prints), and the proxy variables that requests knows.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import requests
+from tqdm import tqdm
+
+from .files import write_text
+
+HUB = "https://huggingface.co/"
+TIMEOUTS = (15, 60)  # seconds to connect, and between two pieces of data
+ATTEMPTS = 5
+BACKOFF = 1.0  # seconds before the second attempt; they double
+#: An attempt that brings this many new bytes starts the count anew: large files survive bad connections.
+PROGRESS = 1 << 20
+CHUNK = 1 << 16
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+
+
+class _Failed(Exception):
+    """A mirror does not give the file, and another attempt would not help. The message says why."""
+
+
+class _Interrupted(Exception):
+    """An attempt ended early, and another one may help."""
+
+
+def cache_dir() -> Path:
+    """Where downloaded files go: `SFD_CACHE`, or `./src`."""
+    return Path(os.environ.get("SFD_CACHE") or "src")
+
+
+def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = None, offline: bool | None = None) -> Path:
+    """Make sure that a published file is at `dest`, and return that path.
+
+    Args:
+        urls: http(s) addresses of the file, tried in order.
+        dest: where it belongs; directories are made.
+        sha256: its published checksum, or the first digits of it (at least 8); None if none is published.
+        offline: never use the network; None asks `SFD_OFFLINE`.
+
+    Raises:
+        click.ClickException: the file is neither there nor to be had, or it is not the expected one.
+    """
+    dest = Path(dest)
+    if isinstance(urls, str) or not urls or not all(url.startswith(("https://", "http://")) for url in urls):
+        raise ValueError(f"urls is {urls!r}, expected a list of http(s) addresses")
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
+        raise ValueError(f"sha256 is {sha256!r}, expected 8 to 64 lower-case hexadecimal digits")
+    urls = [_via_endpoint(url) for url in urls]
+    if offline is None:
+        offline = os.environ.get("SFD_OFFLINE", "").lower() not in ("", "0", "false", "no")
+    try:
+        if _is_there(dest, sha256):
+            return dest
+        if offline:
+            raise click.ClickException(
+                f"offline, and {dest} is not there; get it from {_shown(urls[0])} and put it there, "
+                "or run without --offline and SFD_OFFLINE"
+            )
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(dest.with_name(f".{dest.name}.lock"), f"another process is fetching {dest}"):
+            if not _is_there(dest, sha256):
+                _download(urls, dest, sha256)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot fetch {_shown(urls[0])}: {error.filename or dest}: {error.strerror or error}; "
+            f"make {dest} writable, put the file there by hand, or let SFD_CACHE name another directory"
+        ) from None
+    return dest
+
+
+def _via_endpoint(url: str) -> str:
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return f"{endpoint}/{url.removeprefix(HUB)}" if endpoint and url.startswith(HUB) else url
+
+
+def _shown(url: str) -> str:
+    """A URL on one line, without the password that the endpoint of an institution may have in it."""
+    return ascii(re.sub(r"//[^/@]*@", "//", url))[1:-1]
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    if _is_first_rank():
+        click.echo(line, err=True)
+
+
+@contextmanager
+def _locked(path: Path, reason_to_wait: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`. The file stays: if it were removed, two processes could lock one name."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"{reason_to_wait}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checksums
+
+
+def _is_there(dest: Path, sha256: str | None) -> bool:
+    """Whether `dest` exists; if so, it is verified, by its size and time where they say that nothing has changed."""
+    if not dest.exists():
+        return False
+    if not dest.is_file():
+        raise click.ClickException(f"{dest} is not a file; move it away to have the file fetched there")
+    entry, stat = _read_record().get(_key(dest), {}), dest.stat()
+    unchanged = (entry.get("size"), entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+    digest = entry["sha256"] if unchanged else _digest(dest)
+    difference = _difference(digest, dest, sha256)
+    if difference:
+        raise click.ClickException(f"{dest} is not the expected file: {difference}; delete it to have it fetched again")
+    if not unchanged:
+        _write_record(dest, digest)
+    return True
+
+
+def _difference(digest: str, dest: Path, sha256: str | None) -> str | None:
+    """Why a file with checksum `digest` cannot be `dest`; None if it can."""
+    if sha256 is not None and not digest.startswith(sha256):
+        return f"its sha256 is {digest[:16]}…, the published one {sha256[:16]}…"
+    recorded = _recorded_digest(dest, sha256)
+    if recorded is not None and digest != recorded:
+        return f"its sha256 is {digest[:16]}…, the one recorded for it in {_record_path()} {recorded[:16]}…"
+    return None
+
+
+def _recorded_digest(dest: Path, sha256: str | None) -> str | None:
+    """The recorded checksum, where it counts: a complete published one is the last word, digits of one are not."""
+    if sha256 is not None and len(sha256) == 64:
+        return None
+    return _read_record().get(_key(dest), {}).get("sha256")
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _record_path() -> Path:
+    return cache_dir() / "checksums.json"
+
+
+def _key(path: Path) -> str:
+    """A file's name in the record, relative to the cache so that the cache can be moved."""
+    path, root = path.absolute(), cache_dir().absolute()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _read_record() -> dict[str, Any]:
+    path = _record_path()
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not all(isinstance(entry["sha256"], str) for entry in record.values()):
+            raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise click.ClickException(
+            f"{path} is damaged; expected the checksums of downloaded files: mend it, or delete it to record them anew"
+        ) from None
+    return record
+
+
+def _write_record(dest: Path, digest: str) -> None:
+    """Note a file's checksum, with the size and time that tell whether the file has changed since."""
+    path, stat = _record_path(), dest.stat()
+    entry = {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock"), f"another process is writing {path}"):
+            record = {**_read_record(), _key(dest): entry}
+            write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # A shared cache that somebody else has filled; without a record the file is read in full each time.
+        _say(f"cannot record the checksum of {dest}: {path}: {error.strerror}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+class _Part:
+    """The unfinished download of `dest`, and a note of where it is from: URL, version and size of the whole file."""
+
+    def __init__(self, dest: Path) -> None:
+        self.path = dest.with_name(f"{dest.name}.part")
+        self._note = dest.with_name(f"{dest.name}.part.json")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        try:
+            origin = json.loads(self._note.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return origin if isinstance(origin, dict) else {}
+
+    def begin(self, origin: dict[str, Any]) -> None:
+        """Start from nothing with a file from `origin`."""
+        self.discard()
+        write_text(self._note, json.dumps(origin))
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+    def finish(self, dest: Path) -> None:
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.path, dest)
+        self.discard()
+
+
+def _download(urls: Sequence[str], dest: Path, sha256: str | None) -> None:
+    """Try the mirrors in order until one gives the expected file."""
+    failures = []
+    for url in urls:
+        try:
+            digest = _download_from(url, dest, sha256)
+        except _Failed as error:
+            failures.append(f"{_shown(url)}: {error}")
+            continue
+        _write_record(dest, digest)
+        return
+    raise click.ClickException(f"cannot fetch {dest.name} ({'; '.join(failures)}); put the file by hand at {dest}")
+
+
+def _download_from(url: str, dest: Path, sha256: str | None) -> str:
+    """Download from one mirror → the checksum of the file, which is then at `dest`."""
+    part = _Part(dest)
+    has_checksum = sha256 is not None or _recorded_digest(dest, sha256) is not None
+    # What a checksum will judge may be continued from anywhere.
+    if not has_checksum and (part.origin.get("url") != url or not _has_version(part.origin)):
+        part.discard()
+    is_inherited, best, attempts = part.size > 0, part.size, 0
+    while True:
+        try:
+            _transfer(url, part, has_checksum)
+        except _Interrupted as error:
+            attempts, best = (0, part.size) if part.size >= best + PROGRESS else (attempts + 1, best)
+            if attempts == ATTEMPTS:
+                raise _Failed(f"{error}; gave up after {part.size} bytes and {ATTEMPTS} attempts") from None
+            time.sleep(BACKOFF * 2 ** max(attempts - 1, 0))
+            continue
+        digest = _digest(part.path)
+        difference = _difference(digest, dest, sha256)
+        if difference is None:
+            part.finish(dest)
+            return digest
+        part.discard()
+        if not is_inherited:
+            raise _Failed(f"wrong content, {difference}")
+        is_inherited, best = False, 0  # its beginning may have been of another file: once more
+
+
+def _transfer(url: str, part: _Part, has_checksum: bool) -> None:
+    """One request for what `part` lacks, or for everything if the server cannot continue it."""
+    if part.size and part.size == part.origin.get("size"):
+        return
+    # Compressed on the way, neither length nor range would be those of the file.
+    headers = {"Accept-Encoding": "identity"}
+    if part.size:
+        headers["Range"] = f"bytes={part.size}-"
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
+            size = _begin(url, part, response, has_checksum)
+            _append(part, response, size)
+    except (requests.exceptions.SSLError, requests.TooManyRedirects, ValueError) as error:  # ValueError: a useless URL
+        raise _Failed(_cause(error)) from None
+    except requests.RequestException as error:
+        raise _Interrupted(_cause(error)) from None
+    if size is not None and part.size != size:
+        raise _Interrupted(f"{part.size} bytes arrived, {size} were announced")
+    if part.size == 0:
+        raise _Failed("sends an empty file")
+
+
+def _begin(url: str, part: _Part, response: requests.Response, has_checksum: bool) -> int | None:
+    """Check an answer's head, and make `part` end where its body begins → the file's size, None if it is not told."""
+    status, head = response.status_code, response.headers
+    if status == 416:
+        part.discard()
+        raise _Interrupted("the server cannot continue the file")
+    if status not in (200, 206):
+        kind = _Interrupted if status in RETRIED_STATUS else _Failed
+        raise kind(f"{status} {_shown(response.reason or '')}".strip())
+    if head.get("Content-Encoding", "identity") != "identity":
+        raise _Failed(f"sends the file as {_shown(head['Content-Encoding'])}")
+    if not has_checksum and head.get("Content-Type", "").startswith("text/html"):
+        raise _Failed("answers with a web page")
+    if not has_checksum and url.startswith("https:") and not response.url.startswith("https:"):
+        raise _Failed("redirects to an unencrypted address, and no checksum is published")
+
+    content_range = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", head.get("Content-Range", ""))
+    length = content_range[2] if status == 206 and content_range else head.get("Content-Length", "")
+    size = int(length) if re.fullmatch(r"\d{1,18}", length) else None
+    origin = {"url": url, "etag": head.get("ETag"), "modified": head.get("Last-Modified"), "size": size}
+    if status == 206:
+        is_same = has_checksum or (_has_version(origin) and part.origin == origin)
+        if not content_range or int(content_range[1]) != part.size or not is_same:
+            part.discard()
+            raise _Interrupted("the file has changed on the server")
+    else:
+        is_framed = head.get("Transfer-Encoding", "").lower() == "chunked"
+        if size is None and not is_framed and not has_checksum:
+            raise _Failed("does not tell the length of the file")
+        part.begin(origin)
+    needed, free = (size or 0) - part.size, shutil.disk_usage(part.path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", str(part.path.parent))
+    return size
+
+
+def _has_version(origin: dict[str, Any]) -> bool:
+    """Whether the server told what distinguishes this version of the file from the next."""
+    return bool(origin.get("etag") or origin.get("modified"))
+
+
+def _append(part: _Part, response: requests.Response, size: int | None) -> None:
+    name = part.path.name[: -len(".part")]
+    options = dict(unit="B", unit_scale=True, desc=name, disable=not _is_first_rank())
+    with open(part.path, "ab") as file, tqdm(total=size, initial=part.size, **options) as progress:
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            progress.update(len(chunk))
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said, from under the wrappings of requests and urllib3."""
+    wrapped = [error]
+    for inner in wrapped:  # grows while it is walked
+        if isinstance(inner, OSError) and inner.strerror:
+            return _shown(inner.strerror)
+        links = (*inner.args, getattr(inner, "reason", None), inner.__cause__, inner.__context__)
+        wrapped += [link for link in links if isinstance(link, BaseException) and link not in wrapped]
+    if "timed out" in str(error):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()

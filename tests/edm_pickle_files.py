@@ -1,0 +1,144 @@
+"""Files as other people publish them: pickles of EDM networks, laid out as by NVlabs/edm and the reference SFD code.
+
+They are made from this project's own networks. Objects that pickle under foreign names stand in for the modules while
+`pickle` writes them; the classes behind these names exist only that long.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import EDMPrecond
+
+#: Attributes of our modules that the published ones do not have, and that could not be pickled (functions).
+OWN_ATTRIBUTES = ("compute_dtype", "init_kwargs", "_block", "_resampling", "_is_box")
+
+
+class Persistent:
+    """Pickles as an instance of a class of EDM: a call of the persistence hook with source text and state."""
+
+    def __init__(self, class_name: str, state: dict[str, Any], source: str) -> None:
+        self.meta = dict(type="class", version=6, module_src=source, class_name=class_name, state=state)
+
+    def __reduce__(self) -> tuple:
+        return (sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,), None)
+
+
+@contextmanager
+def foreign_names() -> Iterator[dict[str, type]]:
+    """Let `pickle` find the modules that published files refer to; yields the reference's classes by name."""
+
+    def _reconstruct_persistent_obj(meta: dict) -> None:
+        raise AssertionError("never called")
+
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    networks = "EDMPrecond VPPrecond SongUNet DhariwalUNet UNetBlock"
+    layers = "Conv2d Linear GroupNorm PositionalEmbedding FourierEmbedding"
+    names = [*networks.split(), *layers.split()]
+    classes = {name: type(name, (), {"__module__": "models.networks_edm"}) for name in names}
+    easy_dict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
+    contents = {
+        "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
+        "models.networks_edm": classes,
+        "dnnlib.util": {"EasyDict": easy_dict},
+    }
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    for name, content in contents.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    try:
+        yield {**classes, "EasyDict": easy_dict}
+    finally:
+        for name in contents:
+            del sys.modules[name]
+
+
+def published_state(module: nn.Module, convert: Any) -> dict[str, Any]:
+    """A module's `__dict__` with its children converted, as in the published classes."""
+    state = {name: value for name, value in vars(module).items() if name not in OWN_ATTRIBUTES}
+    state["_modules"] = {name: None if child is None else convert(child) for name, child in module._modules.items()}
+    if "skip_scale" in state:
+        state["skip_scale"] = np.sqrt(0.5) if state["skip_scale"] != 1 else 1.0
+    return state
+
+
+def module_dict(module: nn.ModuleDict, convert: Any) -> nn.ModuleDict:
+    """A real `ModuleDict`, which pickles under torch's name."""
+    copy = nn.ModuleDict()
+    vars(copy).update(published_state(module, convert))
+    return copy
+
+
+def write_edm_pickle(
+    path: Path,
+    net: EDMPrecond,
+    kwargs: dict[str, Any],
+    args: tuple = (),
+    source: str = "",
+    class_name: str = "EDMPrecond",
+    protocol: int = 4,
+    **extra: Any,
+) -> Path:
+    """The layout of NVlabs/edm; `kwargs` and `args` are the recorded constructor arguments."""
+
+    def convert(module: nn.Module) -> Any:
+        if isinstance(module, nn.ModuleDict):
+            return module_dict(module, convert)
+        state = published_state(module, convert)
+        state.update(_init_args=args if module is net else (), _init_kwargs=kwargs if module is net else {})
+        return Persistent(class_name if module is net else type(module).__name__, state, source)
+
+    with foreign_names() as classes:
+        content = {
+            "ema": convert(net),
+            "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5}, source),
+            "augment_pipe": Persistent("AugmentPipe", {"p": np.float32(0.12)}, source),
+            "dataset_kwargs": classes["EasyDict"](class_name="training.dataset.ImageFolderDataset", path="cifar10.zip"),
+            **extra,
+        }
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def write_reference_student(
+    path: Path,
+    net: EDMPrecond,
+    training_kwargs: dict[str, Any],
+    beside: bool = False,
+    class_name: str = "EDMPrecond",
+    protocol: int = 4,
+) -> Path:
+    """The layout of the reference's students: plain modules; the settings on the network, or `beside` it."""
+    with foreign_names() as classes:
+
+        def convert(module: nn.Module) -> Any:
+            if isinstance(module, nn.ModuleDict):
+                return module_dict(module, convert)
+            instance = object.__new__(classes[class_name if module is net else type(module).__name__])
+            vars(instance).update(published_state(module, convert))
+            return instance
+
+        model = convert(net)
+        content = {"model": model}
+        (content if beside else vars(model))["training_kwargs"] = classes["EasyDict"](training_kwargs)
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def randomised(net: EDMPrecond, seed: int = 0) -> EDMPrecond:
+    """`net` with no parameter left at zero, so that outputs depend on all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return net.eval().requires_grad_(False)
