@@ -16,7 +16,7 @@ EMOJI="--dataset_name=emoji32 --batch=64 --lr=3e-4 --dropout=0 $SFD"
 
 presets() {
   cat <<TABLE
-emoji32      | $EMOJI --total_kimg=30 --use_step_condition=False --tick=1 --snap=5 --dump=5 | 2 NFE on the embedded teacher; no download
+emoji32      | $EMOJI --total_kimg=20 --use_step_condition=False --tick=1 --snap=5 --dump=5 | 2 NFE on the embedded teacher; no download
 emoji32-v    | $EMOJI --total_kimg=40 --use_step_condition=True --tick=2 --snap=4 --dump=1   | SFD-v on the embedded teacher, NFE 2-5
 cifar10      | --dataset_name=cifar10 --total_kimg=200 $EDM --use_step_condition=False    | 2 NFE, published FID 4.53 (0.64 A100 hours)
 cifar10-v    | --dataset_name=cifar10 --total_kimg=800 $EDM --use_step_condition=True     | SFD-v, published FID 4.28 / 3.50 / 3.18 / 2.95 at NFE 2 / 3 / 4 / 5 (4.26 A100 hours)

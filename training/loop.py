@@ -34,6 +34,8 @@ from .distill import Distiller, Teacher
 from .runs import Intervals
 
 PICTURE_SEEDS = range(10)
+#: Optimizer steps with a non-finite loss after which a run is hopeless.
+MAX_SKIPPED = 100
 
 
 def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, DiffusionModel]:
@@ -141,7 +143,7 @@ class Run:
         if self.config.precision == "fp16" and not self.half_off:
             self._switch_half_off()
             self.log(f"A loss was not finite at kimg {self.images / 1000:g}: continuing in float32")
-        elif skipped >= 20 * len(self.teacher.sigmas(max(self.config.step_choices))):
+        elif skipped >= MAX_SKIPPED:
             raise click.ClickException(
                 f"the loss is not finite: {skipped} steps skipped up to kimg {self.images / 1000:g}; "
                 "lower --lr, or check the teacher with sample.py --model_path=teacher"
