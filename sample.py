@@ -47,7 +47,7 @@ def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, ba
             part = share[start : start + batch]
             writer.write(part, sampler.images(part, class_index))
             progress.update(len(part))
-    writer.close()
+    writer.close(seeds)
     return len(missing)
 
 
@@ -151,6 +151,8 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     if distributed.rank() == 0:
         click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")
     if opts["grid"] or opts["compare"]:
+        if outdir.suffix == ".zip":
+            raise click.ClickException(f"--outdir={outdir} is an archive; a single picture needs a folder")
         # One picture is small work: rank 0 does it while the others wait.
         draw = write_comparison if opts["compare"] else write_grid
         path = distributed.on_first_rank(lambda: draw(sampler, seeds, class_index, opts["batch"], outdir))

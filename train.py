@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from dnnlib import one_line_errors
-from models.registry import ROWS, get_row
+from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from training import loop
-from training.config import DistillConfig, check, describe, micro_batch
+from training.config import DistillConfig, check, describe, micro_batch, teacher_name
 from training.runs import Intervals
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -83,14 +83,10 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
       torchrun --standalone --nproc_per_node=4 train.py --dataset_name=cifar10
     """
     device = pick_device(opts["device"], distributed.local_rank())
-    own_teacher = dataset_name is None and model_path is not None and not opts["is_second_stage"]
-    if dataset_name is None and not own_teacher:
-        raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
-    if not own_teacher:
-        get_row(dataset_name)
+    name = teacher_name(dataset_name, model_path, opts["is_second_stage"])
     settings = {k: v for k, v in opts.items() if k in DistillConfig.__dataclass_fields__}
     settings["precision"] = pick_precision(opts["precision"], device)
-    config = DistillConfig(dataset_name or Path(model_path).stem, model_path=model_path, M=m, **settings)
+    config = DistillConfig(name, model_path=model_path, M=m, **settings)
     check(config)
     micro_batch(config.batch, opts["batch_gpu"], distributed.expected_world_size())
     if opts["dry_run"]:

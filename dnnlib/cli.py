@@ -20,17 +20,14 @@ def one_line_errors(command: click.Command) -> Callable[[], None]:
             command.main(standalone_mode=False)
         except click.exceptions.Abort:
             sys.exit(130)
-        except click.exceptions.Exit as error:
-            sys.exit(error.exit_code)
         except click.ClickException as error:
             if is_first:
                 error.show()
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.filename is None:
-                raise
             if is_first:
-                click.echo(f"Error: {error.filename}: {error.strerror}", err=True)
+                where = f"{error.filename}: " if error.filename else ""
+                click.echo(f"Error: {where}{error.strerror or error or type(error).__name__}", err=True)
             sys.exit(1)
 
     return run

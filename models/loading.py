@@ -54,6 +54,12 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> None:
     blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])
     if unknown:
         raise click.ClickException(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
+    for name, lowest, highest in (("sigma_data", 1e-6, 1e3), ("dropout", 0, 1), ("label_dropout", 0, 1)):
+        value = arguments.get(name, 0.5)
+        if type(value) not in (int, float) or not lowest <= value <= highest:
+            raise click.ClickException(
+                f"{source} describes a network with {name} {value!r}; expected {lowest:g} to {highest:g}"
+            )
     if not isinstance(blocks, int) or blocks > 64 or not isinstance(levels, (list, tuple)) or len(levels) > 16:
         raise click.ClickException(
             f"{source} describes an unusable network (num_blocks {blocks!r}, channel_mult {str(levels)[:60]})"
@@ -101,6 +107,10 @@ def _read_own_teacher(path: Path) -> EDMPrecond:
         pickled = read_edm_pickle(path)
         return build_network({"class": pickled.class_name, **pickled.init_kwargs}, pickled.state_dict, str(path))
     tensors, settings = read_network(path)
+    if settings.get("format") != "teacher":
+        raise click.ClickException(
+            f"{path} is a student, not a teacher; to distil it further, add --is_second_stage=True"
+        )
     return build_network(settings["network"], tensors, str(path))
 
 
@@ -144,7 +154,15 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
     sampling = read_sampling(path)
     tensors, settings = read_network(path)
     net = build_network(settings["network"], tensors, str(path))
+    if net.model.use_step_condition != sampling.use_step_condition:
+        raise click.ClickException(
+            f"{path} contradicts itself: its network and its settings differ in use_step_condition"
+        )
     model = DiffusionModel(net, sampling.dataset_name, sampling.sigma_min, sampling.sigma_max, sampling)
+    try:
+        sampling.schedule(model.noise_schedule)
+    except ValueError as error:
+        raise click.ClickException(f"{path} holds a student that cannot be sampled: {error}") from None
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +49,21 @@ class SamplingSettings:
     teacher_path: str | None = None
 
     def __post_init__(self) -> None:
-        problems = {
-            "num_steps": isinstance(self.num_steps, int) and 2 + self.afs <= self.num_steps <= 1000,
+        flags = (self.afs, self.use_step_condition, self.is_second_stage)
+        numbers = (self.schedule_rho, self.sigma_min, self.sigma_max, self.guidance_rate)
+        if not all(type(flag) is bool for flag in flags) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("a flag is not true or false, or a number is not a number")
+        checks = {
+            "dataset_name": isinstance(self.dataset_name, str) and re.fullmatch(r"\w[\w.-]*", self.dataset_name),
+            "num_steps": type(self.num_steps) is int and 2 + self.afs <= self.num_steps <= 1000,
             "schedule_type": self.schedule_type in SCHEDULES,
             "schedule_rho": 0 < self.schedule_rho <= 1000,
             "sigma_min, sigma_max": 0 < self.sigma_min < self.sigma_max < 1e6,
+            "guidance_type": self.guidance_type in (None, "uncond", "cfg"),
+            "guidance_rate": math.isfinite(self.guidance_rate),
+            "teacher_path": self.teacher_path is None or isinstance(self.teacher_path, str),
         }
-        wrong = [name for name, fine in problems.items() if not fine]
+        wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             raise ValueError(f"settings out of range: {', '.join(wrong)}")
 
@@ -170,7 +180,7 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"{self.dataset_name} takes class labels only: no text condition and no guidance rate")
         return self.net(x, sigma, class_labels, step_condition=step_condition)
 
-    forward = denoise  # so that DistributedDataParallel can wrap it
+    forward = denoise  # so that hooks and torch.compile see it
 
     def decode(self, latents: Tensor) -> Tensor:
         """States to images in [-1, 1], `[B, 3, H, W]`; in pixel space they are the same."""

@@ -20,7 +20,8 @@ from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
 from .loading import find_student, is_teacher_file, load_student, load_teacher
-from .model import DiffusionModel
+from .model import VARIABLE_STEPS, DiffusionModel
+from .registry import get_row
 
 #: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
 CPU_BATCH = 16
@@ -103,10 +104,12 @@ def student_sampler(student: DiffusionModel, num_steps: int | None = None) -> Sa
                 f"--num_steps={num_steps}, but the student was distilled for {settings.num_steps}; leave the flag out, "
                 "or train one with --use_step_condition=True"
             )
-        try:
-            settings = replace(settings, num_steps=num_steps)
-        except ValueError:
-            raise click.ClickException(f"--num_steps={num_steps} leaves no step; SFD-v is made for 4 to 7") from None
+        low, high = min(VARIABLE_STEPS), max(VARIABLE_STEPS)
+        if not low <= num_steps <= high:
+            raise click.ClickException(
+                f"--num_steps={num_steps} is not what SFD-v is made for; choose from {low} to {high}"
+            )
+        settings = replace(settings, num_steps=num_steps)
     sigmas = settings.schedule(student.noise_schedule)
     guidance = 2 if settings.guidance_type == "cfg" and settings.guidance_rate != 1 else 1
     return Sampler(student, get_solver("euler"), sigmas, settings.afs, settings.step_condition, guidance)
@@ -173,6 +176,8 @@ def open_sampler(
     is_registered = model_path == "teacher"
     path = None if is_registered else find_student(model_path)
     if is_registered or is_teacher_file(path):
+        if dataset_name is not None:
+            get_row(dataset_name)
         model = load_teacher(dataset_name, path, device)
         sampler = teacher_sampler(model, options)
         effective = replace(TEACHER_DEFAULTS, **options.given())

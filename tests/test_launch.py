@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 from click.testing import CliRunner
+from conftest import ROOT
 
 import train
-from conftest import ROOT
 
 PRESETS = [
     "emoji32", "emoji32-v", "cifar10", "cifar10-v", "imagenet64", "imagenet64-v", "ffhq", "ffhq-v", "afhqv2", "afhqv2-v",
@@ -62,8 +62,7 @@ def test_presets_pass_a_dry_run(launch, name):
 
 def test_the_seed_command_is_the_preset(launch):
     _, calls = launch("cifar10")
-    for part in ("--total_kimg=200 --batch=128 --lr=5e-5 --num_steps=4 --M=3 --afs=True --sampler_tea=dpmpp --max_order=3 "
-                 "--predict_x0=True --lower_order_final=True --schedule_type=polynomial --schedule_rho=7").split():  # fmt: skip
+    for part in ["--total_kimg=200", "--batch=128", "--lr=5e-5", "--num_steps=4", "--M=3", "--afs=True", "--sampler_tea=dpmpp", "--max_order=3", "--predict_x0=True", "--lower_order_final=True", "--schedule_type=polynomial", "--schedule_rho=7"]:  # fmt: skip
         assert part in calls[-1].split()
 
 

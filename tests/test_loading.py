@@ -3,8 +3,8 @@
 import click
 import pytest
 import torch
-
 from edm_pickle_files import write_edm_pickle
+
 from models import EDMPrecond, load_student, load_teacher
 from models.loading import build_network, find_student, make_student, network_spec, save_student
 from models.model import SamplingSettings

@@ -8,7 +8,8 @@ needed to use it: `network` (class and constructor arguments) and whatever its w
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,27 @@ from dnnlib import replacing
 
 PathLike = str | Path
 METADATA_KEY = "sfd"
+#: What torch.load and load_state_dict raise on damaged content.
+DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def save_network(path: PathLike, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Write a state dict and its JSON-serialisable `settings` as one `.safetensors` file, all or nothing."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with _writing(path), replacing(path) as temporary:
         save_file(state, str(temporary), metadata={METADATA_KEY: json.dumps(settings)})
+
+
+@contextmanager
+def _writing(path: PathLike) -> Iterator[None]:
+    """Writers report a full disk in their own ways; make it one."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise click.ClickException(
+            f"{path} cannot be written ({reason}); the file before it, if any, is kept"
+        ) from None
 
 
 def read_settings(path: PathLike) -> dict[str, Any]:
@@ -42,9 +57,13 @@ def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _open_network(path) as file:
         settings = _parse_settings(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise click.ClickException(
+            f"{path} holds {integers[0]} as {tensors[integers[0]].dtype}; expected floating point"
+        )
     # Copies, since tensors inside a mapped file are not aligned, and kernels then round in another order.
-    dtypes = {name: torch.float32 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    return {name: t.to(dtypes[name], copy=True) for name, t in tensors.items()}, settings
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, settings
 
 
 def _open_network(path: PathLike) -> Any:
@@ -89,18 +108,33 @@ def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 
 def save_state(path: PathLike, state: dict[str, Any]) -> None:
     """Write a training state (tensors and plain containers), all or nothing."""
-    with replacing(path) as temporary:
+    with _writing(path), replacing(path) as temporary:
         torch.save(state, temporary)
+
+
+@contextmanager
+def usable_state(path: PathLike) -> Iterator[None]:
+    """Turn whatever a damaged training state does to those who read or load it into one clear line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise click.ClickException(f"{path} does not exist; expected a training state") from None
+    except (
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise click.ClickException(
+            f"{path} is not a readable training state ({reason}); remove it to start this run again"
+        ) from None
 
 
 def read_state(path: PathLike) -> dict[str, Any]:
     """Read a training state to the CPU without executing anything."""
-    try:
+    with usable_state(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise click.ClickException(f"{path} does not exist; expected a training state") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise click.ClickException(
-            f"{path} is not a readable training state ({reason[:120]}); use an earlier one"
-        ) from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -68,6 +68,22 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if result[1] is not None:
         raise result[1]
     return result[0]
+
+
+def average_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over ranks, in one collective call for each dtype."""
+    if not dist.is_initialized():
+        return
+    grads: dict[torch.dtype, list[Tensor]] = {}
+    for param in params:
+        if param.grad is not None:
+            grads.setdefault(param.grad.dtype, []).append(param.grad)
+    for same in grads.values():
+        flat = torch.cat([grad.flatten() for grad in same])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for grad, mean in zip(same, flat.split([grad.numel() for grad in same])):
+            grad.copy_(mean.view_as(grad))
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

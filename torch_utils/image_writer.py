@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections import deque
@@ -21,6 +22,7 @@ from . import distributed
 from .images import to_pil
 
 OPTIONS = "sampling_options.json"
+IMAGE_NAME = r"(img)?\d{6,}\.png"
 PENDING_PER_THREAD = 64
 
 
@@ -62,7 +64,7 @@ class ImageWriter:
                 raise click.ClickException(
                     f"{self.folder} holds images made with another {', '.join(changed)}; choose another --outdir"
                 )
-        elif next(self.folder.rglob("*.png"), None) is not None:
+        elif any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png")):
             raise click.ClickException(
                 f"{self.folder} holds images that sample.py did not make; choose another --outdir"
             )
@@ -87,22 +89,28 @@ class ImageWriter:
 
     @staticmethod
     def _save(path: Path, image: np.ndarray) -> None:
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path, sync=False) as temporary:
-            to_pil(image).save(temporary, "PNG")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path, sync=False) as temporary:
+                to_pil(image).save(temporary, "PNG")
+        except OSError as error:  # Pillow's own say nothing on a full disk
+            reason = error.strerror or "is the disk full?"
+            raise click.ClickException(
+                f"{path} cannot be written ({reason}); make room and repeat the command, it goes on from there"
+            ) from None
 
-    def close(self) -> None:
-        """Wait for every image; every rank calls it, and rank 0 then completes an archive."""
+    def close(self, seeds: Sequence[int]) -> None:
+        """Wait for every image; every rank calls it, and rank 0 then completes an archive of `seeds`."""
         while self._pending:
             self._pending.popleft().result()
         self._pool.shutdown()
         distributed.barrier()
         if self.zipped:
-            distributed.on_first_rank(self._archive)
+            distributed.on_first_rank(lambda: self._archive(seeds))
 
-    def _archive(self) -> None:
+    def _archive(self, seeds: Sequence[int]) -> None:
         with replacing(self.dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for path in sorted(self.folder.rglob("img*.png")):
+            for path in sorted(map(self.path, seeds)):
                 archive.write(path, path.relative_to(self.folder).as_posix())
             archive.writestr("dataset.json", json.dumps({"labels": None}))
         shutil.rmtree(self.folder)

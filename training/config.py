@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
+from models.loading import find_student, read_sampling
 from models.model import VARIABLE_STEPS, SamplingSettings
+from models.registry import ROWS, get_row
 from solvers import count_evaluations, get_solver
 
 
@@ -99,8 +103,26 @@ def span(values: Sequence[int]) -> str:
     return f"{min(values)}" if len(set(values)) == 1 else f"{min(values)}to{max(values)}"
 
 
+def teacher_name(dataset_name: str | None, model_path: str | None, is_second_stage: bool) -> str:
+    """The name that a run goes by: the registered teacher's, the student's own, or the file's."""
+    if is_second_stage and model_path is None:
+        raise click.ClickException(
+            "--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further"
+        )
+    if dataset_name is not None:
+        return dataset_name if is_second_stage else get_row(dataset_name).name
+    if is_second_stage:
+        return read_sampling(find_student(model_path)).dataset_name
+    if model_path is not None:
+        return Path(model_path).stem
+    raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+
+
 def check(config: DistillConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded; one clear line for each."""
+    for name in ("total_kimg", "lr", "schedule_rho", "guidance_rate"):
+        if not math.isfinite(getattr(config, name)):
+            raise click.ClickException(f"--{name}={getattr(config, name)} is not a finite number; give one")
     smallest = 3 if config.afs else 2
     if config.num_steps < smallest:
         raise click.ClickException(
@@ -116,10 +138,6 @@ def check(config: DistillConfig) -> None:
         )
     if config.guidance_type is None and config.guidance_rate != 1:
         raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
-    if config.is_second_stage and config.model_path is None:
-        raise click.ClickException(
-            "--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further"
-        )
     if config.is_second_stage and config.lpips in ("reference", "standard"):
         raise click.ClickException(
             f"--lpips={config.lpips} needs the LPIPS network, which comes with the published teachers; use --lpips=off"

@@ -1,12 +1,14 @@
-"""Images in a folder or a zip archive, in the layout of EDM's data sets.
+"""Images in a folder or a zip archive, in the layout of EDM's data sets, or in an `.npz` file.
 
 PNG or JPEG files anywhere below the root, in the order of their names; `dataset.json` at the root may hold `labels`, a
-list of `[file name, class index]`.
+list of `[file name, class index]`. An `.npz` holds one uint8 array `[N, H, W, C]` or `[N, H, W]`, the layout of
+guided-diffusion's samples; integer labels beside it are not read.
 """
 
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import click
@@ -14,13 +16,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+#: What zipfile and its decompressors raise on a damaged or unsupported archive.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
 
 
 class ImageDataset:
     """Random access to the images below `path`.
 
     Args:
-        path: a folder (searched recursively) or a zip archive.
+        path: a folder (searched recursively), a zip archive, or an `.npz` of images.
 
     Raises:
         click.ClickException: the path is missing, holds no image, or its labels do not match.
@@ -29,6 +33,12 @@ class ImageDataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._archive: zipfile.ZipFile | None = None
+        self._array: np.ndarray | None = None
+        self.labels: np.ndarray | None = None
+        if self.path.suffix == ".npz" and not self.path.is_dir():
+            self._array = read_image_array(self.path)
+            self.names = [f"image {index}" for index in range(len(self._array))]
+            return
         if self.path.is_dir():
             files = (p for p in self.path.rglob("*") if p.is_file())
             names = [p.relative_to(self.path).as_posix() for p in files]
@@ -55,11 +65,13 @@ class ImageDataset:
 
     def load(self, index: int) -> np.ndarray:
         """Image `index` as uint8 `[C, H, W]`; a grey one has C = 1, any other mode becomes RGB."""
+        if self._array is not None:
+            return self._array[index]
         name = self.names[index]
         try:
             with Image.open(io.BytesIO(self._read(name))) as image:
                 pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, SyntaxError, ValueError, *UNREADABLE) as error:
             raise click.ClickException(f"{name} in {self.path} is not a readable image ({error})") from None
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -79,7 +91,10 @@ class ImageDataset:
 
     def _zip(self) -> zipfile.ZipFile:
         if self._archive is None:
-            self._archive = zipfile.ZipFile(self.path)
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except UNREADABLE as error:
+                raise click.ClickException(f"{self.path} is a damaged zip archive ({error}); make it again") from None
         return self._archive
 
     def _read(self, name: str) -> bytes:
@@ -90,12 +105,29 @@ class ImageDataset:
             pairs = json.loads(self._read("dataset.json"))["labels"]
             if pairs is None:
                 return None
-            by_name = {name: int(label) for name, label in pairs}
-            labels = np.array([by_name[name] for name in self.names], dtype=np.int64)
-            if labels.min() < 0:
+            by_name = {name: label for name, label in pairs} if isinstance(pairs, list) else {}
+            found = [by_name[name] for name in self.names]
+            if not all(type(label) is int and 0 <= label < 2**31 for label in found):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError, *UNREADABLE):
             raise click.ClickException(
                 f"dataset.json in {self.path} must hold `labels`: null or one [file name, class index] for each image"
             ) from None
-        return labels
+        return np.array(found, dtype=np.int64)
+
+
+def read_image_array(path: Path) -> np.ndarray:
+    """The images in an `.npz` file as uint8 `[N, C, H, W]`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise click.ClickException(f"{path} does not exist; expected a folder, zip or npz of images") from None
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise click.ClickException(f"{path} is not a readable npz file ({error})") from None
+    arrays = [a for a in found.values() if a.dtype == np.uint8 and a.ndim in (3, 4) and a.shape[3:] in ((), (1,), (3,))]
+    if len(arrays) != 1 or arrays[0].size == 0:
+        shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())
+        raise click.ClickException(f"{path} holds {shapes or 'nothing'}; expected one uint8 array [N, H, W, 1 or 3]")
+    images = arrays[0] if arrays[0].ndim == 4 else arrays[0][..., None]
+    return images.transpose(0, 3, 1, 2)

@@ -12,13 +12,11 @@ needs no network and trains nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from models.model import DiffusionModel, SamplingSettings
 from solvers import get_schedule, get_solver, solve
@@ -94,10 +92,6 @@ class Distiller:
         self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.skipped = torch.zeros((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
-        self.module: nn.Module = student
-        if distributed.world_size() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False)
 
     def iterate(self, noise: Tensor, labels: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
         """Train on this rank's share of a batch.
@@ -138,15 +132,13 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         new_states = []
-        for k, (x, target, label) in enumerate(zip(states, targets, labels)):
-            denoise = partial(self.module, class_labels=label, step_condition=sampling.step_condition)
-            last = k == len(states) - 1
-            with nullcontext() if last or self.module is self.student else self.module.no_sync():
-                new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
-                # DistributedDataParallel averages over ranks, so dividing by the local batch divides by the whole one.
-                loss = (new - target).abs().sum() / local_batch
-                if not analytical:
-                    loss.backward()
+        for x, target, label in zip(states, targets, labels):
+            denoise = partial(self.student, class_labels=label, step_condition=sampling.step_condition)
+            new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
+            # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
+            loss = (new - target).abs().sum() / local_batch
+            if not analytical:
+                loss.backward()
             total += loss.detach()
             new_states.append(new.detach())
         if not analytical:
@@ -156,6 +148,7 @@ class Distiller:
 
     def _update(self, loss: Tensor) -> None:
         """Adam, unless the loss of any rank was not finite; decided on the device, so that the host never waits."""
+        distributed.average_gradients(self.trained)
         bad = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
         for param in self.trained:
             if param.grad is not None:

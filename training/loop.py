@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -22,7 +23,7 @@ from models.loading import find_student, load_student, load_teacher, make_studen
 from models.model import DiffusionModel
 from models.sampling import draw_latents, student_sampler
 from torch_utils import distributed
-from torch_utils.checkpoint import save_state
+from torch_utils.checkpoint import save_state, usable_state
 from torch_utils.device import PRECISIONS
 from torch_utils.images import draw_grid, save_picture, to_uint8
 from torch_utils.random import derive_seed
@@ -34,8 +35,8 @@ from .distill import Distiller, Teacher
 from .runs import Intervals
 
 PICTURE_SEEDS = range(10)
-#: Optimizer steps with a non-finite loss after which a run is hopeless.
-MAX_SKIPPED = 100
+#: Iterations in a row with a non-finite loss after which a run is hopeless.
+MAX_BAD_IN_A_ROW = 20
 
 
 def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, DiffusionModel]:
@@ -56,7 +57,13 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
     student.compute_dtype = source.compute_dtype
     if config.dropout is not None:
         student.net.set_dropout(config.dropout)
-    return config, Teacher(source, config, sampling), student
+    teacher = Teacher(source, config, sampling)
+    try:
+        for num_steps in config.step_choices:
+            teacher.sigmas(num_steps)
+    except ValueError as error:
+        raise click.ClickException(f"{source.dataset_name} cannot be distilled on this schedule: {error}") from None
+    return config, teacher, student
 
 
 class Run:
@@ -70,23 +77,29 @@ class Run:
         self.log = Logger(run_dir / runs.LOG) if self.is_first else (lambda line="": None)
         self.images, self.seconds, self.half_off = 0, 0.0, False
         self._skips = LaggedCount(self.distiller.skipped)
+        self._seen_skips, self._bad_in_a_row = 0, 0
         self._teacher_row: np.ndarray | None = None
 
     def resume(self) -> None:
         """Continue from the training state of the run directory, if there is one."""
         state = runs.load_state(self.run_dir)
-        if state is None:
-            return
+        if state is not None:
+            with usable_state(self.run_dir / runs.STATE):
+                self._restore(state)
+        if self.is_first:
+            runs.cut_stats(self.run_dir, self.images)
+        if state is not None:
+            self.log(f"Continuing {self.run_dir} at kimg {self.images / 1000:g}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.student.net.load_state_dict(state["student"])
         self.distiller.optimizer.load_state_dict(state["optimizer"])
         self.distiller.skipped.fill_(state["skipped"])
         self._skips = LaggedCount(self.distiller.skipped, state["skipped"])
+        self._seen_skips = state["skipped"]
         self.images, self.seconds = state["images"], state["seconds"]
         if state["half_off"]:
             self._switch_half_off()
-        if self.is_first:
-            runs.cut_stats(self.run_dir, self.images)
-        self.log(f"Continuing {self.run_dir} at kimg {self.images / 1000:g}")
 
     def train(self) -> None:
         """Iterate to the end; save at the intervals and at the end."""
@@ -137,13 +150,16 @@ class Run:
 
     def _watch_skips(self) -> None:
         """Go on in single precision once half precision has overflowed; give up if that does not help either."""
-        skipped = self._skips.poll()
-        if skipped == 0:
+        before, skipped = self._seen_skips, self._skips.poll()
+        self._seen_skips = skipped
+        if skipped == before:
+            self._bad_in_a_row = 0
             return
+        self._bad_in_a_row += 1
         if self.config.precision == "fp16" and not self.half_off:
             self._switch_half_off()
             self.log(f"A loss was not finite at kimg {self.images / 1000:g}: continuing in float32")
-        elif skipped >= MAX_SKIPPED:
+        elif self._bad_in_a_row >= MAX_BAD_IN_A_ROW:
             raise click.ClickException(
                 f"the loss is not finite: {skipped} steps skipped up to kimg {self.images / 1000:g}; "
                 "lower --lr, or check the teacher with sample.py --model_path=teacher"
@@ -181,14 +197,15 @@ class Run:
             "loss": f"{loss:<8.2f}", "skipped": f"{skipped}",
         }  # fmt: skip
         self.log(" ".join(f"{name} {value}" for name, value in fields.items()))
-        lr = self.config.learning_rate(self.images - 1)
+        lr = self.config.learning_rate(self.images - self.config.batch)
         stats = {
             "images": self.images, "kimg": self.images / 1000, "seconds": round(self.seconds, 3),
             "loss": loss, **losses,
             "sec_per_kimg": duration / images * 1000, "lr": lr, "skipped": skipped, **memory, "timestamp": time.time(),
         }  # fmt: skip
         with open(self.run_dir / runs.STATS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
+            finite = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
+            file.write(json.dumps(finite) + "\n")
 
     def save_snapshot(self) -> None:
         """The student as one file, and a picture of teacher and student endpoints for the same seeds."""

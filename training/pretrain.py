@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration, make_folder, one_line_errors, write_text
 from models.precond import EDMPrecond
-from torch_utils.checkpoint import read_state, save_network, save_state
+from torch_utils.checkpoint import read_state, save_network, save_state, usable_state
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.random import derive_seed, generator, sample_generators, stacked_randn
@@ -155,7 +155,7 @@ class Trainer:
         """Continue from the state in the run directory; refuse a state of other settings."""
         state = read_state(self.outdir / "state.pt")
         free = {"kimg", "decay", "snap_kimg", "precision"}
-        mine, saved = asdict(self.config), state["config"]
+        mine, saved = asdict(self.config), state.get("config", {})
         changed = [
             f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
         ]
@@ -163,10 +163,11 @@ class Trainer:
             raise click.ClickException(
                 f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
             )
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        with usable_state(self.outdir / "state.pt"):
+            self.net.load_state_dict(state["net"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration, self.seconds = state["iteration"], state["seconds"]
 
     @torch.no_grad()
     def sample(self, count: int) -> Any:
@@ -176,7 +177,9 @@ class Trainer:
         sigmas = get_schedule("polynomial", 18, 0.002, 80.0)
         shape = (self.ema.img_channels, self.ema.img_resolution, self.ema.img_resolution)
         noise = stacked_randn(sample_generators(range(count)), shape).to(self.device)
-        labels = None if self.labels is None else self.labels[:count].to(self.device).float()
+        labels = None
+        if self.labels is not None:
+            labels = self.labels[torch.arange(count) % len(self.labels)].to(self.device).float()
         states = solve(get_solver("heun"), lambda x, s: self.ema(x, s, labels), noise * 80.0, sigmas, every=17)
         return to_uint8(states[-1])
 
@@ -216,6 +219,26 @@ def run(trainer: Trainer) -> Iterator[str]:
                 loss = torch.stack(losses).mean().item()
                 losses.clear()
                 yield f"kimg {trainer.nimg / 1000:<9.1f} loss {loss:<8.4f} time {format_duration(trainer.seconds)}"
+
+
+def check_network(network: dict[str, Any]) -> None:
+    """Refuse widths and levels that no U-Net can have, before anything is built."""
+    levels, size, width = network["channel_mult"], network["img_resolution"], network["model_channels"]
+    if not levels or min(levels) < 1:
+        raise click.ClickException(f"--mult={levels} is unusable; expected a list of positive integers such as 1,2,3")
+    if size % 2 ** (len(levels) - 1):
+        raise click.ClickException(
+            f"images of {size}×{size} cannot be halved {len(levels) - 1} times; use fewer levels in --mult"
+        )
+    try:
+        with torch.device("meta"):
+            net = EDMPrecond(**network)
+            net(torch.zeros(1, network["img_channels"], size, size), torch.ones(1))
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise click.ClickException(
+            f"--channels={width} with --mult={levels} makes no network ({reason}); try --channels=32"
+        ) from None
 
 
 def _integers(value: str) -> list[int]:
@@ -275,6 +298,7 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         attn_resolutions=attn,
         dropout=opts["dropout"],
     )
+    check_network(network)
     device = pick_device(opts["device"])
     config = PretrainConfig(
         data=data,

@@ -18,6 +18,8 @@ from .config import DistillConfig
 
 OPTIONS, STATE, STATS, LOG, LOCK = "training_options.json", "training-state.pt", "stats.jsonl", "log.txt", ".lock"
 
+NUMBERED = "[0-9]" * 5 + "-*"
+
 
 @dataclass(frozen=True)
 class Intervals:
@@ -66,7 +68,7 @@ def is_finished(run_dir: Path, config: DistillConfig) -> bool:
 
 def numbered(outdir: Path) -> list[Path]:
     """Run directories under `outdir`, newest number first."""
-    return sorted((p for p in outdir.glob("[0-9]" * 5 + "-*") if p.is_dir()), reverse=True)
+    return sorted((p for p in outdir.glob(NUMBERED) if p.is_dir()), reverse=True)
 
 
 def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str) -> tuple[Path, TextIO]:
@@ -83,7 +85,7 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
         return run_dir, _require_lock(run_dir)
     make_folder(outdir, "--outdir")
     if not subdir:
-        if (outdir / STATE).exists():
+        if read_options(outdir) is not None:
             if resume == "never":
                 raise click.ClickException(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
             _check_resumable(outdir, config)
@@ -96,13 +98,11 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
                 and (held := lock(run_dir))
             ):
                 return run_dir, held
-    while True:
-        number = max((int(p.name[:5]) for p in numbered(outdir)), default=-1) + 1
-        run_dir = outdir / f"{number:05d}-{config.run_name(desc)}"
-        try:
-            run_dir.mkdir()
-        except FileExistsError:
-            continue  # another launch took the number
+    with open(outdir / LOCK, "w", encoding="utf-8") as numbering:
+        fcntl.flock(numbering, fcntl.LOCK_EX)  # launches at the same time take different numbers
+        taken = [int(p.name[:5]) for p in outdir.glob(NUMBERED)]
+        run_dir = outdir / f"{max(taken, default=-1) + 1:05d}-{config.run_name(desc)}"
+        run_dir.mkdir()
         return run_dir, _require_lock(run_dir)
 
 

@@ -1,0 +1,225 @@
+"""Network files from strangers: whatever is in them, one clear line and nothing executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+
+import click
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import flags, invoke, newest_student, same, student, teacher, tiny_network
+
+from models import load_student, load_teacher
+from models.loading import find_student, read_sampling
+from models.model import SamplingSettings
+from torch_utils.checkpoint import METADATA_KEY, read_network, read_settings, read_state, save_network, save_state
+
+SAMPLING = {
+    "dataset_name": "tiny", "num_steps": 4, "afs": True, "schedule_type": "polynomial", "schedule_rho": 7.0, "sigma_min": 0.006,
+    "sigma_max": 80.0,
+}  # fmt: skip
+
+
+def written(path, network=None, sampling=None, tensors=None, **settings):
+    """A student file with some of its settings replaced (None in `sampling` removes)."""
+    own, saved = read_network(newest_student(student()))
+    saved["network"] = {**saved["network"], **(network or {})}
+    saved["sampling"] = {k: v for k, v in {**saved["sampling"], **(sampling or {})}.items() if v != "removed"}
+    save_network(path, {**own, **(tensors or {})}, {**saved, **settings})
+    return path
+
+
+def refused(path, pattern):
+    """By the loader, and by sample.py as one line, which may find it as late as in sampling."""
+    invoke("sample", *flags(model_path=path, seeds=0, outdir=path.parent / "x", device="cpu", precision="fp32")).refused(pattern)
+    assert not list(path.parent.rglob("*.png"))
+
+
+def test_network_file_holds_what_was_saved(tmp_path):
+    net = tiny_network()
+    settings = {"network": {"class": "EDMPrecond", "a": [1, 2.5, None, "ü"]}, "more": {"b": True}}
+    save_network(tmp_path / "n.safetensors", net.state_dict(), settings)
+    tensors, read = read_network(tmp_path / "n.safetensors")
+    assert same(tensors, net.state_dict()) and read == settings == read_settings(tmp_path / "n.safetensors")
+    save_network(tmp_path / "h.safetensors", {k: v.half() for k, v in tensors.items()}, settings)
+    half, _ = read_network(tmp_path / "h.safetensors")
+    assert all(v.dtype == torch.float32 for v in half.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.safetensors", "n.safetensors"]
+    assert (tmp_path / "n.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_teacher_and_student_are_read_back(tmp_path):
+    model = load_teacher(None, teacher())
+    assert model.dataset_name == "tiny" and (model.img_resolution, model.img_channels, model.label_dim) == (8, 3, 0)
+    assert same(model.net.state_dict(), tiny_network().state_dict()) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    distilled = load_student(student())
+    assert distilled.sampling.nfe == 2 and (distilled.sigma_min, distilled.sigma_max) == (0.006, 80)
+    assert not distilled.training and not any(p.requires_grad for p in distilled.parameters())
+
+
+@pytest.mark.parametrize("share", [0, 1, 7, 8, 9, 100, 0.1, 0.5, 0.9, 0.999999])
+def test_truncated_student_is_refused(share, tmp_path):
+    content = newest_student(student()).read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(content[: int(share * len(content)) if isinstance(share, float) else share])
+    refused(path, r"cut\.safetensors is not a readable network file")
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 99, bytes(range(256)) * 9, b"\xff" * 64, b"\0" * 64, b"PK\x03\x04" + b"0" * 99,
+                                     b"\x80\x02}q\x00.", (2**62).to_bytes(8, "little") + b"{}"])  # fmt: skip
+def test_garbage_is_refused(content, tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(content)
+    refused(tmp_path / "junk.safetensors", r"junk\.safetensors is not a readable network file")
+
+
+def test_damaged_headers_never_end_in_a_traceback(tmp_path):
+    """Bytes of the header overwritten at random: refused in one line, or still a student."""
+    content, path = bytearray(newest_student(student()).read_bytes()), tmp_path / "bent.safetensors"
+    header = int.from_bytes(content[:8], "little")
+    rng, survived = random.Random(0), 0
+    for _ in range(150):
+        bent = bytearray(content)
+        for _ in range(rng.choice([1, 1, 2, 20])):
+            bent[rng.randrange(8 + header)] = rng.randrange(32, 127)
+        path.write_bytes(bent)
+        try:
+            load_student(path)
+            survived += 1
+        except click.ClickException as error:
+            assert "bent.safetensors" in error.format_message() and "\n" not in error.format_message()
+    assert survived < 75
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, {"other": "x"}, {METADATA_KEY: ""}, {METADATA_KEY: "{ half"}, {METADATA_KEY: "[]"}, {METADATA_KEY: "null"},
+     {METADATA_KEY: "3"}, {METADATA_KEY: '"network"'}, {METADATA_KEY: '{"network": []}'}, {METADATA_KEY: '{"format": "student"}'},
+     {METADATA_KEY: "[" * 100_000}],
+)  # fmt: skip
+def test_file_without_our_settings_is_refused(metadata, tmp_path):
+    save_file({"a": torch.zeros(2)}, str(tmp_path / "other.safetensors"), metadata=metadata)
+    refused(tmp_path / "other.safetensors", r"other\.safetensors holds tensors without this program's settings")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"class": "os.system"}, {"class": None}, {"num_blocks": 10**9}, {"num_blocks": "4"}, {"num_blocks": -3}, {"num_blocks": 2},
+        {"model_channels": 10**9}, {"model_channels": 10**30}, {"model_channels": 0}, {"model_channels": -16}, {"model_channels": 32},
+        {"model_channels": 1.5}, {"model_channels": "16"}, {"channel_mult": [1] * 10**5}, {"channel_mult": []}, {"channel_mult": [0, 0]},
+        {"channel_mult": [10**18, 1]}, {"channel_mult": "12"}, {"channel_mult": [1, 3]}, {"channel_mult": [1, "a"]}, {"img_channels": 4},
+        {"img_channels": 0}, {"img_channels": 10**12}, {"img_channels": "3"}, {"img_channels": None}, {"label_dim": 5}, {"label_dim": -1},
+        {"label_dim": 10**15}, {"img_resolution": 16}, {"img_resolution": 0}, {"img_resolution": -8}, {"img_resolution": 10**9},
+        {"img_resolution": "8"}, {"img_resolution": 7.5}, {"attn_resolutions": 4}, {"attn_resolutions": None}, {"attn_resolutions": [8, 4]},
+        {"model_type": "UNet"}, {"model_type": ["SongUNet"]}, {"model_type": "DhariwalUNet"}, {"channel_mult_emb": 10**9},
+        {"resample_filter": []}, {"resample_filter": "ab"}, {"resample_filter": [[1, 1]]},
+        {"embedding_type": "none"}, {"encoder_type": 3}, {"unheard_of": 1}, {"use_step_condition": True}, {"dropout": "much"},
+        {"dropout": 7}, {"sigma_data": "half"}, {"sigma_data": 0}, {"sigma_data": None}, {"augment_dim": 10**12},
+        {"in_channels": 3}, {"self": 1},
+    ],
+    ids=lambda network: "-".join(f"{k}={str(v)[:20]}" for k, v in network.items()),
+)  # fmt: skip
+def test_absurd_network_settings_are_refused(network, tmp_path):
+    refused(written(tmp_path / "odd.safetensors", network=network), r"odd\.safetensors")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{name: "removed"} for name in SAMPLING]
+    + [
+        {"num_steps": 2}, {"num_steps": 0}, {"num_steps": 10**9}, {"num_steps": 4.0}, {"num_steps": "4"}, {"num_steps": None},
+        {"schedule_type": "cosine"}, {"schedule_type": ["polynomial"]}, {"schedule_type": "discrete"}, {"schedule_rho": 0},
+        {"schedule_rho": -7}, {"schedule_rho": float("nan")}, {"schedule_rho": "7"}, {"schedule_rho": 10**6}, {"sigma_min": 0},
+        {"sigma_min": 80.0}, {"sigma_min": -1}, {"sigma_max": float("inf")}, {"sigma_max": float("nan")}, {"sigma_max": "80"},
+        {"sigma_min": None}, {"afs": "no"}, {"afs": None}, {"use_step_condition": True}, {"use_step_condition": "yes"},
+        {"dataset_name": None}, {"dataset_name": ["tiny"]}, {"dataset_name": "../../outside"}, {"guidance_rate": "much"},
+        {"is_second_stage": "maybe"}, {"schedule_type": "time_uniform", "sigma_min": 79.9},
+    ],
+    ids=lambda sampling: "-".join(f"{k}={str(v)[:20]}" for k, v in sampling.items()),
+)  # fmt: skip
+def test_sampling_settings_out_of_range_are_refused(sampling, tmp_path):
+    refused(written(tmp_path / "odd.safetensors", sampling=sampling), r"odd\.safetensors")
+
+
+@pytest.mark.parametrize("sampling", [None, [], "x", 3])
+def test_sampling_settings_that_are_no_settings_are_refused(sampling, tmp_path):
+    tensors, settings = read_network(newest_student(student()))
+    save_network(tmp_path / "odd.safetensors", tensors, {**settings, "sampling": sampling})
+    refused(tmp_path / "odd.safetensors", r"odd\.safetensors does not hold usable sampling settings")
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    own, settings = read_network(newest_student(student()))
+    name = "model.map_layer0.weight"
+    cases = {
+        "shape": ({**own, name: own[name][:-1]}, rf"1 difference.*{name} is \[63, 16\], not \[64, 16\]"),
+        "missing": ({k: v for k, v in own.items() if k != name}, rf"missing {name}"),
+        "more": ({**own, "extra": torch.zeros(1)}, r"unexpected extra"),
+        "none": ({}, r"missing"),
+        "integers": ({**own, name: own[name].to(torch.int8)}, name),
+    }
+    for case, (tensors, pattern) in cases.items():
+        save_network(tmp_path / f"{case}.safetensors", tensors, settings)
+        refused(tmp_path / f"{case}.safetensors", pattern)
+
+
+def test_settings_round_trip_and_unknown_ones_are_ignored():
+    settings = SamplingSettings(**SAMPLING)
+    assert SamplingSettings.from_json(json.loads(json.dumps({**SAMPLING, "later": 1})), "x") == settings
+    assert (settings.nfe, settings.step_condition, settings.is_variable) == (2, None, False)
+    variable = SamplingSettings(**SAMPLING, use_step_condition=True)
+    assert (variable.step_condition, variable.is_variable) == (4.0, True)
+    second = SamplingSettings(**{**SAMPLING, "num_steps": 3}, use_step_condition=True, is_second_stage=True)
+    assert (second.nfe, second.step_condition, second.is_variable) == (1, 3.0, False)
+
+
+def test_teacher_is_not_a_student(tmp_path):
+    with pytest.raises(click.ClickException, match="is a teacher, not a student"):
+        load_student(teacher())
+    with pytest.raises(click.ClickException, match="is a teacher, not a student"):
+        read_sampling(teacher())
+    with pytest.raises(click.ClickException, match="dataset_name"):
+        load_teacher(None)
+    with pytest.raises(click.ClickException, match="unknown dataset_name"):
+        load_teacher("nosuch")
+
+
+def test_student_is_not_a_teacher():
+    with pytest.raises(click.ClickException, match="student"):
+        load_teacher(None, newest_student(student()))
+
+
+def test_finding_a_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("00000-a", "00001-b", "00010-c"):
+        (tmp_path / "exps" / name).mkdir(parents=True)
+        for images in ("000002", "000010"):
+            (tmp_path / "exps" / name / f"network-snapshot-{images}.safetensors").touch()
+            (tmp_path / "exps" / name / f".1.tmp.network-snapshot-{images}9.safetensors").touch()
+    assert str(find_student("1")) == "exps/00001-b/network-snapshot-000010.safetensors"
+    assert str(find_student("10")) == str(find_student("00010")) == "exps/00010-c/network-snapshot-000010.safetensors"
+    assert str(find_student("exps/00000-a")) == "exps/00000-a/network-snapshot-000010.safetensors"
+    with pytest.raises(click.ClickException, match="run 2 does not exist"):
+        find_student("2")
+    (tmp_path / "7").touch()
+    assert str(find_student("7")) == "7"
+
+
+def test_training_state_round_trip(tmp_path):
+    state = {"a": torch.arange(3), "b": {"c": 1.5, "d": [True, None, "x"]}}
+    save_state(tmp_path / "s.pt", state)
+    read = read_state(tmp_path / "s.pt")
+    assert torch.equal(read["a"], state["a"]) and read["b"] == state["b"]
+    with pytest.raises(TypeError):
+        save_state(tmp_path / "s.pt", {"a": (lambda: 1).__code__})
+    assert read_state(tmp_path / "s.pt")["b"] == state["b"] and [p.name for p in tmp_path.iterdir()] == ["s.pt"]
