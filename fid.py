@@ -1,0 +1,318 @@
+"""Fréchet inception distance (FID), and kernel inception distance (KID), of images or of a sampler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import ArrayLike
+
+import sample
+from dnnlib import one_line_errors
+from models.detectors import NAMES, Detector, load_detector
+from models.inception import RESIZES
+from models.sampling import SamplerOptions, open_sampler
+from torch_utils import distributed
+from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.features import FeatureSet, extract, write_arrays
+from torch_utils.frechet import frechet_distance, kernel_distance
+from training.evaluation import (
+    REFERENCES,
+    Extractor,
+    append_record,
+    fingerprint,
+    locate,
+    seeded_batches,
+    split_blocks,
+)
+
+METRICS = ("fid", "kid")
+REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
+
+
+def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref: ArrayLike) -> float:
+    """FID from means `[D]` and covariances `[D, D]`: |μ − μᵣ|² + tr Σ + tr Σᵣ − 2 tr (Σ Σᵣ)^½, finite and ≥ 0.
+
+    Raises:
+        ValueError: shapes that do not fit together, or numbers that are not finite.
+    """
+    return frechet_distance(mu, sigma, mu_ref, sigma_ref)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Options that several commands share
+
+
+def parse_ints(context: click.Context | None, param: click.Parameter, value: str) -> list[int]:
+    """`0` or `0,1,2` → integers without repetition."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise click.ClickException(f"--{param.name}={value!r} does not parse; expected a list such as 0 or 0,1,2")
+    return [int(part) for part in parts]
+
+
+def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    if not set(names) <= set(METRICS) or len(set(names)) != len(names):
+        raise click.ClickException(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
+    return names
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several click options as one decorator, in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+detector_options = options(
+    click.option("--detector", help=f"Feature network: {', '.join(NAMES)}, a local .pth, or a TorchScript .pt",
+                 metavar="NAME|PATH", default="inception"),
+    click.option("--resize", help="How Inception gets its 299 pixels: tf1 (EDM, StyleGAN), or as pytorch-fid",
+                 type=click.Choice(RESIZES), default="tf1"),
+    click.option("--detector-runs-code", help="Allow a TorchScript --detector, which is a program", is_flag=True),
+)  # fmt: skip
+machine_options = options(
+    click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
+    click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
+    click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME"),
+    click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True),
+)
+record_options = options(
+    click.option("--desc", help="Text for the record", metavar="STR"),
+    click.option("--features", help="Keep the features of the images here; used again if they fit", metavar="NPZ"),
+    click.option("--out", help="File that gets a JSON line for each metric", metavar="JSONL", default="metrics.jsonl"),
+)
+
+
+def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
+    """Join the process group and load the detector that the options name."""
+    device = pick_device(opts["device"], distributed.local_rank())
+    distributed.init(device)
+    detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
+    if features is not None and not features.endswith(".npz"):
+        raise click.ClickException(f"--features={features} is not a name ending in .npz; choose one that is")
+    return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
+
+
+def say(line: str) -> None:
+    """Print a remark on rank 0, apart from the results."""
+    if distributed.rank() == 0:
+        click.echo(line, err=True)
+
+
+def show_plan(**plan: Any) -> None:
+    if distributed.is_first_process():
+        click.echo(json.dumps(plan, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def judge(sets: Sequence[FeatureSet], reference: FeatureSet, metric: str, detector: Detector) -> dict[str, Any]:
+    """One metric of every set against the reference, as fields of a record."""
+    if metric == "kid":
+        found = [kernel_distance(s.features, reference.features) for s in sets]
+        label = "KID" if detector.label == "FID" else f"KD({detector.name})"
+        spread = {"subset_std": [k.std for k in found], "subset_size": found[0].subset_size}
+        return {"metric": label, **summarise([k.mean for k in found]), **spread}
+    values = [calculate_fid(s.mu, s.sigma, reference.mu, reference.sigma) for s in sets]
+    return {"metric": detector.label, **summarise(values)}
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """One value, or the minimum of several (as EDM reports) with mean and standard deviation."""
+    if len(values) == 1:
+        return {"value": values[0]}
+    spread = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
+    return {"value": min(values), **spread, "trials": list(values)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The bare number for FID, as EDM prints it; anything else with its name."""
+    name = result["metric"]
+    if "trials" not in result:
+        spread = f" ± {result['subset_std'][0]:g}" if "subset_std" in result else ""
+        click.echo(f"{result['value']:g}" if name == "FID" else f"{name} {result['value']:g}{spread}")
+        return
+    click.echo(f"{name} of {len(result['trials'])} trials: " + ", ".join(f"{value:g}" for value in result["trials"]))
+    click.echo(f"{name} mean {result['mean']:g} ± {result['std']:g}")
+    click.echo(f"{name} minimum {result['value']:g}")
+
+
+def finish(
+    sets: Sequence[FeatureSet],
+    reference: FeatureSet,
+    ref_path: Path,
+    extractor: Extractor,
+    record: dict[str, Any],
+    opts: dict[str, Any],
+) -> None:
+    """Compute, print and write every metric on rank 0, and leave the process group."""
+    detector, count = extractor.detector, sets[0].count
+
+    def work() -> None:
+        facts = {"N": count, **record, "reference_sha256": fingerprint(ref_path), "reference_N": reference.count}
+        for metric in opts["metrics"]:
+            if metric == "fid" and count <= detector.dim:
+                say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
+                    f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
+            result = judge(sets, reference, metric, detector)
+            show(result)
+            append_record(opts["out"], {**result, **facts, "desc": opts["desc"], **detector.identity()})
+
+    distributed.on_first_rank(work)
+    distributed.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Fréchet inception distance.
+
+    \b
+    Examples:
+      python fid.py calc --images=samples/ --ref=cifar10
+      python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
+      torchrun --standalone --nproc_per_node=4 fid.py gen --model_path=0 --seeds=0-49999 --ref=cifar10
+    """
+
+
+@main.command()
+# What to compare.
+@click.option("--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
+              required=True)  # fmt: skip
+@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@click.option("--num", help="Images to use, chosen by --seed; default: all", type=click.IntRange(min=2))
+@click.option("--seed", help="Choice of --num images; several make as many trials", metavar="LIST", default="0",
+              callback=parse_ints)  # fmt: skip
+@click.option("--trials", help="Split the images, in the order of their names, into so many blocks (of --num)",
+              type=click.IntRange(min=1), default=1)  # fmt: skip
+# How.
+@click.option("--metrics", help="List of fid, kid", metavar="LIST", default="fid", callback=parse_metrics)
+@detector_options
+# Record.
+@record_options
+# Machine.
+@machine_options
+def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, **opts: Any) -> None:
+    """Distance of images from a reference."""
+    if opts["dry_run"]:
+        show_plan(images=images, ref=ref, num=num, seed=seed, trials=trials, metrics=opts["metrics"],
+                  detector=opts["detector"])  # fmt: skip
+        return
+    extractor = open_extractor(opts, opts["features"])
+    ref_path = distributed.on_first_rank(lambda: locate(ref))
+    keep, moments = "kid" in opts["metrics"], "fid" in opts["metrics"]
+    blocks = split_blocks(extractor.count(Path(images)), num, seed, trials)
+    reference = extractor.reference(ref_path, keep, moments)
+    sets = extractor.blocks(Path(images), blocks, keep, moments)
+    finish(sets, reference, ref_path, extractor, dict(images=images, seed=seed, reference=ref), opts)
+
+
+@main.command()
+# What to describe.
+@click.option("--data", help="Folder, zip or npz of images", metavar="PATH", required=True)
+@click.option("--dest", help="Where to write mu and sigma", metavar="NPZ", required=True)
+@click.option("--features", help="Keep the features too, for kid and prdc.py; used again if it fits", metavar="NPZ")
+# How.
+@detector_options
+# Machine.
+@machine_options
+def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
+    """Reference statistics of a data set."""
+    if not dest.endswith(".npz"):
+        raise click.ClickException(f"--dest={dest} is not a name ending in .npz; choose one that is")
+    if opts["dry_run"]:
+        show_plan(data=data, dest=dest, features=features, detector=opts["detector"], resize=opts["resize"])
+        return
+    extractor = open_extractor(opts, features)
+    count = extractor.count(Path(data))
+    found = extractor.blocks(Path(data), [np.arange(count)], keep=False)[0]
+    meta = {"num": count, **extractor.detector.identity()}
+    distributed.on_first_rank(lambda: write_arrays(dest, meta, mu=found.mu, sigma=found.sigma))
+    say(f"Wrote mu and sigma of {count} images to {dest}")
+    distributed.shutdown()
+
+
+@main.command()
+# What to compare; the options of sample.py are added below.
+@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@click.option("--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(min=1), default=1)
+# How.
+@click.option("--metrics", help="List of fid, kid", metavar="LIST", default="fid", callback=parse_metrics)
+@detector_options
+# Record.
+@record_options
+# Machine.
+@machine_options
+def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, trials: int, **opts: Any) -> None:
+    """Sample and evaluate in one go, without writing images; samplers are described as for sample.py."""
+    device = pick_device(opts["device"], distributed.local_rank())
+    precision = pick_precision(opts["precision"], device)
+    choices = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
+    blocks = seed_blocks(seeds, trials)
+    if trials > 1 and opts["features"]:
+        raise click.ClickException("--features holds the images of one evaluation; leave it or --trials out")
+    if opts["dry_run"]:
+        plan = dict(model_path=model_path, seeds=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
+        show_plan(**plan, **choices.given(), detector=opts["detector"], precision=precision, device=str(device))
+        return
+    extractor = open_extractor(opts, opts["features"])
+    opened = open_sampler(model_path, opts["dataset_name"], choices, device, PRECISIONS[precision])
+    opened.sampler.model.check_class(class_index)
+    opened.sampler.model.check_prompt(opts["prompt"])
+    keep, moments = "kid" in opts["metrics"], "fid" in opts["metrics"]
+    ref_path = distributed.on_first_rank(lambda: locate(ref))
+    reference = extractor.reference(ref_path, keep, moments)
+    identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
+
+    def compute(block: list[int], keep: bool, moments: bool) -> FeatureSet:
+        images = seeded_batches(opened.sampler, block, class_index, opts["batch"])
+        return extract(images, extractor.detector, len(block), keep, moments, opened.name)
+
+    if extractor.cache is None:
+        sets = [compute(block, keep, moments) for block in blocks]
+    else:
+        source = {"sampler": identity, "seeds": describe_seeds(seeds)}
+        features = extractor.cached(source, lambda: compute(seeds, True, False))
+        sets = [FeatureSet.from_features(features, moments)]
+    record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds), reference=ref)
+    finish(sets, reference, ref_path, extractor, record, opts)
+
+
+def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
+    """The seeds, and the same pattern shifted past its end for every further trial."""
+    step = max(seeds) - min(seeds) + 1
+    if max(seeds) + (trials - 1) * step > sample.MAX_SEED:
+        raise click.ClickException(f"--trials={trials} runs past the last seed, {sample.MAX_SEED}; use lower --seeds")
+    return [[seed + t * step for seed in seeds] for t in range(trials)]
+
+
+def describe_seeds(seeds: list[int]) -> str:
+    """`0-4999`, or the whole list where it has gaps."""
+    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
+
+
+# A sampler is described as on the command line of sample.py.
+_DESCRIPTION = {"model_path", "dataset_name", "seeds", "class_index", "prompt", "precision"}
+_DESCRIPTION |= set(SamplerOptions.__dataclass_fields__)
+gen.params[:0] = [param for param in sample.main.params if param.name in _DESCRIPTION]
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()
