@@ -22,7 +22,7 @@ def one_line_errors(command: click.Command) -> Callable[[], None]:
             sys.exit(130)
         except click.ClickException as error:
             if is_first:
-                error.show()
+                click.echo(f"Error: {error.format_message()}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
             if is_first:
