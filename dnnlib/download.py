@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ import click
 import requests
 from tqdm import tqdm
 
-from .files import write_text
+from .files import sha256_of, write_text
 
 HUB = "https://huggingface.co/"
 TIMEOUTS = (15, 60)  # seconds to connect, and between two pieces of data
@@ -135,7 +134,7 @@ def _is_there(dest: Path, sha256: str | None) -> bool:
         raise click.ClickException(f"{dest} is not a file; move it away to have the file fetched there")
     entry, stat = _read_record().get(_key(dest), {}), dest.stat()
     unchanged = (entry.get("size"), entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-    digest = entry["sha256"] if unchanged else _digest(dest)
+    digest = entry["sha256"] if unchanged else sha256_of(dest)
     difference = _difference(digest, dest, sha256)
     if difference:
         raise click.ClickException(f"{dest} is not the expected file: {difference}; delete it to have it fetched again")
@@ -159,14 +158,6 @@ def _recorded_digest(dest: Path, sha256: str | None) -> str | None:
     if sha256 is not None and len(sha256) == 64:
         return None
     return _read_record().get(_key(dest), {}).get("sha256")
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _record_path() -> Path:
@@ -280,7 +271,7 @@ def _download_from(url: str, dest: Path, sha256: str | None) -> str:
                 raise _Failed(f"{error}; gave up after {part.size} bytes and {ATTEMPTS} attempts") from None
             time.sleep(BACKOFF * 2 ** max(attempts - 1, 0))
             continue
-        digest = _digest(part.path)
+        digest = sha256_of(part.path)
         difference = _difference(digest, dest, sha256)
         if difference is None:
             part.finish(dest)

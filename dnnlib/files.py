@@ -1,5 +1,6 @@
 """Writing files so that a name never holds a partial content."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,15 @@ def make_folder(path: str | Path, flag: str) -> None:
         raise click.ClickException(
             f"{flag}={path} cannot be written ({error.strerror}); choose another folder"
         ) from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -6,7 +6,6 @@ the published Inception weights alone, `FD(…)` for anything else.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import pickle
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from dnnlib import sha256_of
 from torch_utils.checkpoint import check_state_dict
 
 from .efficientnet_lite import EfficientNetLite0
@@ -134,7 +134,7 @@ def _inception(path: Path, resize: str, device: torch.device) -> Detector:
     if resize not in RESIZES:
         raise click.ClickException(f"--resize={resize} is unknown; expected {', '.join(RESIZES)}")
     network = _fill(InceptionV3(resize), path, device)
-    digest = _sha256(path)
+    digest = sha256_of(path)
     published = digest.startswith(INCEPTION_SHA256)
     name = "inception" if published else path.name
     return Detector(name, "FID" if published else f"FD({name})", digest, resize, network, device)
@@ -149,7 +149,7 @@ def _efficientnet_lite0(device: torch.device) -> Detector:
     path = Path(spec.submodule_search_locations[0]) / LITE0_FILE
     if not path.is_file():
         raise click.ClickException(f"{LITE0_PACKAGE} does not hold {LITE0_FILE}; install its version 0.1.0")
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if digest != LITE0_SHA256:
         raise click.ClickException(
             f"{path.name} has sha256 {digest[:12]}…, expected {LITE0_SHA256[:12]}…; install {LITE0_PACKAGE} again"
@@ -168,7 +168,7 @@ def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
     try:
         module = torch.jit.load(str(path), map_location=device).eval()
         return Detector(
-            path.name, f"FD({path.name})", _sha256(path), "its own", lambda x: module(x, return_features=True), device
+            path.name, f"FD({path.name})", sha256_of(path), "its own", lambda x: module(x, return_features=True), device
         )
     except RuntimeError as error:
         raise click.ClickException(
@@ -197,11 +197,3 @@ def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
     network.load_state_dict(state)
     # The channels of a pixel side by side: about twice as fast on the CPU.
     return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

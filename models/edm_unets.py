@@ -7,6 +7,7 @@ a published state dict loads strictly. The step-condition branch of SFD-v exists
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .unet_layers import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,
+    Init,
     Linear,
     PositionalEmbedding,
     UNetBlock,
@@ -32,11 +34,70 @@ def _skip_scales(count: int, skip_tuning: bool) -> Iterator[float]:
 
 
 class _UNet(nn.Module):
-    """What both U-Nets share: the step-condition mapping and the walk over encoder and decoder."""
+    """What both U-Nets share: the levels of encoder and decoder, and the step-condition mapping.
+
+    A subclass sets `_block` (arguments of its residual blocks) and calls `_build_levels`.
+    """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     use_step_condition: bool
+    label_dropout: float
+    _block: dict[str, Any]
+    #: Whether every decoder block of an attention resolution attends, or the last one only.
+    _attends_throughout: bool
+
+    def _build_levels(
+        self,
+        in_channels: int,
+        stem: int,
+        widths: Sequence[int],
+        img_resolution: int,
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
+        init: dict[str, Init],
+    ) -> int:
+        """Make `enc` and `dec` under the published names; returns the channels of the last block."""
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        cout = stem
+        for level, width in enumerate(widths):
+            size = img_resolution >> level
+            name = f"{size}x{size}"
+            if level == 0:
+                self.enc[f"{name}_conv"] = Conv2d(in_channels, stem, kernel=3, **init)
+            else:
+                self.enc[f"{name}_down"] = UNetBlock(cout, cout, down=True, **self._block)
+                self._add_encoder_aux(name, cout)
+            for i in range(num_blocks):
+                self.enc[f"{name}_block{i}"] = UNetBlock(cout, width, attention=size in attn_resolutions, **self._block)
+                cout = width
+        skips = [block.out_channels for name, block in self.enc.items() if "aux" not in name]
+        for level in range(len(widths) - 1, -1, -1):
+            size = img_resolution >> level
+            name = f"{size}x{size}"
+            if level == len(widths) - 1:
+                self.dec[f"{name}_in0"] = UNetBlock(cout, cout, attention=True, **self._block)
+                self.dec[f"{name}_in1"] = UNetBlock(cout, cout, **self._block)
+            else:
+                self.dec[f"{name}_up"] = UNetBlock(cout, cout, up=True, **self._block)
+            for i in range(num_blocks + 1):
+                attention = size in attn_resolutions and (self._attends_throughout or i == num_blocks)
+                block = UNetBlock(cout + skips.pop(), widths[level], attention=attention, **self._block)
+                self.dec[f"{name}_block{i}"] = block
+                cout = widths[level]
+            self._add_decoder_aux(name, is_first=level == len(widths) - 1, is_last=level == 0, channels=cout)
+        return cout
+
+    def _add_encoder_aux(self, name: str, channels: int) -> None:
+        """Layers beside the encoder at a lower resolution, for a subclass that has them."""
+
+    def _add_decoder_aux(self, name: str, is_first: bool, is_last: bool, channels: int) -> None:
+        """Layers beside the decoder at the end of a resolution, for a subclass that has them."""
+
+    def _build_step_mapping(self, embedding: nn.Module, channels: int, init: dict[str, Init]) -> None:
+        self.map_step = embedding
+        self.map_step_layer0 = Linear(channels, self._block["emb_channels"], **init)
+        self.map_step_layer1 = Linear(self._block["emb_channels"], self._block["emb_channels"], **init)
 
     def _step_embedding(self, step_condition: Tensor | None, batch: int) -> Tensor | None:
         """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
@@ -112,7 +173,10 @@ class SongUNet(_UNet):
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         init = xavier_uniform()
+        self._encoder_type, self._decoder_type = encoder_type, decoder_type
+        self._aux_channels, self._out_channels = in_channels, out_channels
         self._resampling = dict(resample_filter=resample_filter)
+        self._attends_throughout = False
         self._block = dict(
             emb_channels=emb_channels,
             num_heads=1,
@@ -129,10 +193,9 @@ class SongUNet(_UNet):
         )
 
         def embedding() -> nn.Module:
-            positional = embedding_type == "positional"
-            return (
-                PositionalEmbedding(noise_channels, endpoint=True) if positional else FourierEmbedding(noise_channels)
-            )
+            if embedding_type == "positional":
+                return PositionalEmbedding(noise_channels, endpoint=True)
+            return FourierEmbedding(noise_channels)
 
         self.map_noise = embedding()
         self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
@@ -140,61 +203,29 @@ class SongUNet(_UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
         if use_step_condition:
-            self.map_step = embedding()
-            self.map_step_layer0 = Linear(noise_channels, emb_channels, init=init)
-            self.map_step_layer1 = Linear(emb_channels, emb_channels, init=init)
-
+            self._build_step_mapping(embedding(), noise_channels, dict(init=init))
         widths = [model_channels * m for m in channel_mult]
-        sizes = [img_resolution >> level for level in range(len(widths))]
-        self._build_encoder(in_channels, model_channels, widths, sizes, num_blocks, attn_resolutions, encoder_type)
-        self._build_decoder(out_channels, widths, sizes, num_blocks, attn_resolutions, decoder_type)
+        self._build_levels(
+            in_channels, model_channels, widths, img_resolution, num_blocks, attn_resolutions, dict(init=init)
+        )
 
-    def _build_encoder(self, in_channels, stem, widths, sizes, num_blocks, attn_resolutions, encoder_type) -> None:
-        self.enc = nn.ModuleDict()
-        init = self._block["init"]
-        cout, caux = stem, in_channels
-        for level, (width, size) in enumerate(zip(widths, sizes)):
-            name = f"{size}x{size}"
-            if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, stem, kernel=3, init=init)
-            else:
-                self.enc[f"{name}_down"] = UNetBlock(cout, cout, down=True, **self._block)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, kernel=0, down=True, **self._resampling)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, kernel=1, init=init)
-                if encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(
-                        caux, cout, kernel=3, down=True, fused=True, init=init, **self._resampling
-                    )
-                    caux = cout
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(cout, width, attention=size in attn_resolutions, **self._block)
-                cout = width
+    def _add_encoder_aux(self, name: str, channels: int) -> None:
+        caux, init = self._aux_channels, self._block["init"]
+        if self._encoder_type == "skip":
+            self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, kernel=0, down=True, **self._resampling)
+            self.enc[f"{name}_aux_skip"] = Conv2d(caux, channels, kernel=1, init=init)
+        if self._encoder_type == "residual":
+            resampling = dict(down=True, fused=True, **self._resampling)
+            self.enc[f"{name}_aux_residual"] = Conv2d(caux, channels, kernel=3, init=init, **resampling)
+            self._aux_channels = channels
 
-    def _build_decoder(self, out_channels, widths, sizes, num_blocks, attn_resolutions, decoder_type) -> None:
-        self.dec = nn.ModuleDict()
-        skips = [block.out_channels for name, block in self.enc.items() if "aux" not in name]
-        deepest = len(widths) - 1
-        cout = widths[-1]
-        for level in range(deepest, -1, -1):
-            width, size = widths[level], sizes[level]
-            name = f"{size}x{size}"
-            if level == deepest:
-                self.dec[f"{name}_in0"] = UNetBlock(cout, cout, attention=True, **self._block)
-                self.dec[f"{name}_in1"] = UNetBlock(cout, cout, **self._block)
-            else:
-                self.dec[f"{name}_up"] = UNetBlock(cout, cout, up=True, **self._block)
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and size in attn_resolutions
-                self.dec[f"{name}_block{i}"] = UNetBlock(cout + skips.pop(), width, attention=attention, **self._block)
-                cout = width
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and level < deepest:
-                    self.dec[f"{name}_aux_up"] = Conv2d(
-                        out_channels, out_channels, kernel=0, up=True, **self._resampling
-                    )
-                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, init=self._block["init_last"])
+    def _add_decoder_aux(self, name: str, is_first: bool, is_last: bool, channels: int) -> None:
+        out = self._out_channels
+        if self._decoder_type == "skip" and not is_first:
+            self.dec[f"{name}_aux_up"] = Conv2d(out, out, kernel=0, up=True, **self._resampling)
+        if self._decoder_type == "skip" or is_last:
+            self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+            self.dec[f"{name}_aux_conv"] = Conv2d(channels, out, kernel=3, init=self._block["init_last"])
 
     def _map_step_input(self, step_condition: Tensor) -> Tensor:
         return _swap_halves(self.map_step(step_condition))
@@ -276,6 +307,7 @@ class DhariwalUNet(_UNet):
         emb_channels = model_channels * channel_mult_emb
         third = kaiming_uniform(math.sqrt(1 / 3))
         own = dict(init=third, init_bias=third)
+        self._attends_throughout = True
         self._block = dict(
             emb_channels=emb_channels, dropout=dropout, use_step_condition=use_step_condition, init_last=zeros, **own
         )
@@ -286,40 +318,9 @@ class DhariwalUNet(_UNet):
         label_init = kaiming_normal(math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
         if use_step_condition:
-            self.map_step = PositionalEmbedding(model_channels)
-            self.map_step_layer0 = Linear(model_channels, emb_channels, **own)
-            self.map_step_layer1 = Linear(emb_channels, emb_channels, **own)
-
+            self._build_step_mapping(PositionalEmbedding(model_channels), model_channels, own)
         widths = [model_channels * m for m in channel_mult]
-        sizes = [img_resolution >> level for level in range(len(widths))]
-        self._build(in_channels, out_channels, widths, sizes, num_blocks, attn_resolutions, own)
-
-    def _build(self, in_channels, out_channels, widths, sizes, num_blocks, attn_resolutions, own) -> None:
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        deepest = len(widths) - 1
-        cout = widths[0]
-        for level, (width, size) in enumerate(zip(widths, sizes)):
-            name = f"{size}x{size}"
-            if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, cout, kernel=3, **own)
-            else:
-                self.enc[f"{name}_down"] = UNetBlock(cout, cout, down=True, **self._block)
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(cout, width, attention=size in attn_resolutions, **self._block)
-                cout = width
-        skips = [block.out_channels for block in self.enc.values()]
-        for level in range(deepest, -1, -1):
-            width, size = widths[level], sizes[level]
-            name = f"{size}x{size}"
-            if level == deepest:
-                self.dec[f"{name}_in0"] = UNetBlock(cout, cout, attention=True, **self._block)
-                self.dec[f"{name}_in1"] = UNetBlock(cout, cout, **self._block)
-            else:
-                self.dec[f"{name}_up"] = UNetBlock(cout, cout, up=True, **self._block)
-            for i in range(num_blocks + 1):
-                attention = size in attn_resolutions
-                self.dec[f"{name}_block{i}"] = UNetBlock(cout + skips.pop(), width, attention=attention, **self._block)
-                cout = width
+        cout = self._build_levels(in_channels, widths[0], widths, img_resolution, num_blocks, attn_resolutions, own)
         self.out_norm = GroupNorm(cout)
         self.out_conv = Conv2d(cout, out_channels, kernel=3, init=zeros)
 

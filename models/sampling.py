@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from dnnlib import sha256_of
 from solvers import Solver, count_evaluations, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
@@ -191,7 +191,7 @@ def open_sampler(
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
         identity = {"num_steps": len(sampler.sigmas)}
     model.compute_dtype = dtype
-    digest = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = None if path is None else sha256_of(path)
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 

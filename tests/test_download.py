@@ -208,7 +208,7 @@ def test_fetch_records_and_remembers(server, dest, monkeypatch):
     assert entry == {"sha256": SHA, "size": len(BODY), "mtime_ns": dest.stat().st_mtime_ns}
     assert server.requests == [("/good", None, "identity")]
     # From then on: no request, and no reading of gigabytes.
-    monkeypatch.setattr(download, "_digest", None)
+    monkeypatch.setattr(download, "sha256_of", None)
     for sha256 in (None, SHA[:10], SHA):
         assert fetch([server.url + "good"], dest, sha256) == dest
     assert len(server.requests) == 1
