@@ -20,10 +20,10 @@ def local_rank() -> int:
 
 def init(device: torch.device) -> None:
     """Join the group that torchrun describes; without torchrun there is one process and no group."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are those of the current device
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

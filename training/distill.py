@@ -89,7 +89,9 @@ class Distiller:
         self.teacher, self.student, self.config, self.micro = teacher, student, config, micro
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         self.skipped = torch.zeros((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
@@ -147,13 +149,16 @@ class Distiller:
         return new_states
 
     def _update(self, loss: Tensor) -> None:
-        """Adam, unless the loss of any rank was not finite; decided on the device, so that the host never waits."""
+        """Adam, unless the loss of any rank was not finite; a fused kernel decides that without the host waiting."""
         distributed.average_gradients(self.trained)
         bad = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
         for param in self.trained:
             if param.grad is not None:
                 torch.nan_to_num(param.grad, nan=0.0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
         # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay.
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-        self.optimizer.step()
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
         self.skipped += bad
