@@ -8,8 +8,6 @@ import shlex
 import pytest
 from tiny import invoke, newest_student, only_run, png_names, run_ranks, run_script, student, teacher
 
-from models.registry import ASSETS
-
 TRAIN_SFD = """
 torchrun --standalone --nproc_per_node=4 --master_port=12345 train.py \\
 --dataset_name="cifar10" --total_kimg=200 --batch=128 --lr=5e-5 \\
@@ -102,7 +100,6 @@ def test_commands_run_under_torchrun_with_a_tiny_teacher(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ASSETS / "emoji32-teacher.safetensors").exists(), reason="the embedded teacher is not there yet")
 @pytest.mark.parametrize("variable", [False, True], ids=["sfd", "sfd-v"])
 def test_commands_run_under_torchrun_with_the_embedded_teacher(variable, tmp_path):
     _, args = parsed(TRAINING[variable])
