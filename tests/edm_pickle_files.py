@@ -1,7 +1,7 @@
 """Files as other people publish them: pickles of EDM networks, laid out as by NVlabs/edm and the reference SFD code.
 
-They are made from this project's own networks. Objects that pickle under foreign names stand in for the modules while
-`pickle` writes them; the classes behind these names exist only that long.
+They are made from this project's own networks. Modules of foreign classes stand in for them while `pickle` writes or
+reads a file; these classes exist only that long.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def foreign_names() -> Iterator[dict[str, type]]:
     """Let `pickle` find the modules that published files refer to; yields the reference's classes by name."""
 
     def _reconstruct_persistent_obj(meta: dict) -> None:
-        raise AssertionError("never called")
+        """EDM's runs the source text in `meta`."""
 
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    networks = "EDMPrecond VPPrecond SongUNet DhariwalUNet UNetBlock"
+    networks = "EDMPrecond VPPrecond CFGPrecond SongUNet DhariwalUNet UNetBlock"
     layers = "Conv2d Linear GroupNorm PositionalEmbedding FourierEmbedding"
     names = [*networks.split(), *layers.split()]
-    classes = {name: type(name, (), {"__module__": "models.networks_edm"}) for name in names}
+    classes = {name: type(name, (nn.Module,), {"__module__": "models.networks_edm"}) for name in names}
     easy_dict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
     contents = {
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
-        "models.networks_edm": classes,
+        "models.networks_edm": {**classes, "torch": torch},
         "dnnlib.util": {"EasyDict": easy_dict},
     }
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
@@ -87,20 +87,26 @@ def write_edm_pickle(
     source: str = "",
     class_name: str = "EDMPrecond",
     protocol: int = 4,
+    key: str = "ema",
+    attributes: dict[str, Any] | None = None,
     **extra: Any,
 ) -> Path:
-    """The layout of NVlabs/edm; `kwargs` and `args` are the recorded constructor arguments."""
+    """The layout of NVlabs/edm; `kwargs` and `args` are the recorded constructor arguments.
+
+    `attributes` are set on the network, which is at `key`.
+    """
 
     def convert(module: nn.Module) -> Any:
         if isinstance(module, nn.ModuleDict):
             return module_dict(module, convert)
         state = published_state(module, convert)
         state.update(_init_args=args if module is net else (), _init_kwargs=kwargs if module is net else {})
+        state.update((attributes or {}) if module is net else {})
         return Persistent(class_name if module is net else type(module).__name__, state, source)
 
     with foreign_names() as classes:
         content = {
-            "ema": convert(net),
+            key: convert(net),
             "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5}, source),
             "augment_pipe": Persistent("AugmentPipe", {"p": np.float32(0.12)}, source),
             "dataset_kwargs": classes["EasyDict"](class_name="training.dataset.ImageFolderDataset", path="cifar10.zip"),
@@ -117,18 +123,23 @@ def write_reference_student(
     beside: bool = False,
     class_name: str = "EDMPrecond",
     protocol: int = 4,
+    **attributes: Any,
 ) -> Path:
-    """The layout of the reference's students: plain modules; the settings on the network, or `beside` it."""
+    """The layout of the reference's students: plain modules; the settings on the network, or `beside` it.
+
+    `attributes` are set on the network too.
+    """
     with foreign_names() as classes:
 
         def convert(module: nn.Module) -> Any:
             if isinstance(module, nn.ModuleDict):
                 return module_dict(module, convert)
-            instance = object.__new__(classes[class_name if module is net else type(module).__name__])
+            instance = classes[class_name if module is net else type(module).__name__]()
             vars(instance).update(published_state(module, convert))
             return instance
 
         model = convert(net)
+        vars(model).update(attributes)
         content = {"model": model}
         (content if beside else vars(model))["training_kwargs"] = classes["EasyDict"](training_kwargs)
         path.write_bytes(pickle.dumps(content, protocol=protocol))

@@ -26,7 +26,8 @@ from torch import nn
 
 from models import EDMPrecond
 from models.loading import build_network
-from torch_utils.edm_pickle import MAX_STEPS, read_edm_pickle
+from torch_utils.edm_pickle import read_edm_pickle
+from torch_utils.pickle_machine import MAX_STEPS
 
 IMAGES = dict(img_resolution=16, img_channels=3)
 SONG = dict(IMAGES, model_type="SongUNet", model_channels=8, num_blocks=1, attn_resolutions=[8])
@@ -369,7 +370,11 @@ INERT = {
     "unsupported-class": (hook_call(b"}"), "persistent object without class name"),
     "call-of-a-class": (MODULE + b")R", "calls something"),
     "call-of-a-value": (b"])R", "calls something"),
-    "ordered-dict-with-content": (b"ccollections\nOrderedDict\n]](K\x01K\x02ea\x85R", "unexpected arguments"),
+    "ordered-dict-with-number-key": (b"ccollections\nOrderedDict\n]](K\x01K\x02ea\x85R", "keys of a dict"),
+    "ordered-dict-of-texts": (b"ccollections\nOrderedDict\n](" + text("ab") + b"e\x85R", "not pairs"),
+    "ordered-dict-of-a-dict": (b"ccollections\nOrderedDict\n}\x85R", "unexpected arguments"),
+    "ordered-dict-with-more": (b"ccollections\nOrderedDict\n]]\x86R", "unexpected arguments"),
+    "old-text-too-long": (b"T\xff\xff\xff\xff", "announces more bytes"),
     "ordered-dict-subclass": (b"ccollections\nCounter\n)R", r"collections\.Counter"),
     "slots-state": (MODULE + b")\x81}}\x86b", "sets the state"),
     "state-of-a-function": (b"ccollections\nOrderedDict\n}b", "sets the state"),
@@ -512,6 +517,13 @@ def test_other_contents(tmp_path):
     refused(path, r"no network under 'ema' or 'model' but G, D\\n")
     path.write_bytes(pickle.dumps({"ema": [1]}))
     refused(path, "holds a list under 'ema'; expected EDMPrecond")
+
+
+def test_texts_and_dicts_of_python_2(tmp_path):
+    path = tmp_path / "net.pkl"
+    pairs = b"](](U\x01aK\x01e](T\x02\x00\x00\x00bcNee"
+    path.write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
+    refused(path, "holds no network under 'ema' or 'model' but a, bc$")
 
 
 @pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
