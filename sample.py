@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnnlib import make_folder, one_line_errors, write_text
+from dnnlib.cli import offline_option
 from models.registry import ROWS
 from models.sampling import Sampler, SamplerOptions, comparison_rows, open_sampler
 from solvers import SCHEDULES, SOLVERS
@@ -95,7 +96,11 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
     "--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63", callback=parse_seeds
 )
 @click.option("--class", "class_index", help="Class of all images; default: random by seed", type=click.IntRange(min=0))
-@click.option("--prompt", help="Caption, for a text-conditioned model", metavar="STR")
+@click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT")
+@click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
+              "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV")  # fmt: skip
+@click.option("--guidance_rate", help="Classifier-free guidance of a text-conditioned model, 1 for none; default: the "
+              "rate that the student records, the teacher's 7.5", type=float)  # fmt: skip
 # Where to.
 @click.option(
     "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
@@ -120,6 +125,7 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
 @click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
 @click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@offline_option
 @click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
 def main(model_path: str, dataset_name: str | None, seeds: list[int], class_index: int | None, **opts: Any) -> None:
     """Sample images from a student, or from a teacher with any solver, one for each seed.
@@ -146,7 +152,6 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     opened = open_sampler(model_path, dataset_name, options, device, PRECISIONS[precision])
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
-    model.check_prompt(opts["prompt"])
     outdir = Path(opts["outdir"] or f"./samples/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}")
     if distributed.rank() == 0:
         click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dnnlib import one_line_errors
+from dnnlib.cli import offline_option
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
@@ -56,15 +57,20 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False
 )
-@click.option("--lpips", help="Second stage: perceptual loss on the last step",
+@click.option("--lpips", help="Second stage in pixel space: perceptual loss on the last step, as the published code "
+              "computes it, as its authors define it, or none",
               type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
-@click.option("--guidance_type", help="Guidance of the teacher", type=click.Choice(["uncond", "cfg"]))
-@click.option("--guidance_rate", help="Guidance rate that the student is sampled with", type=float, default=1.0)
+@click.option("--guidance_type", help="Guidance of a text-conditioned student in sampling, training has none; default: "
+              "cfg", type=click.Choice(["uncond", "cfg"]))  # fmt: skip
+@click.option("--guidance_rate", help="Rate of that guidance; default: the teacher's own, 7.5 for ms_coco", type=float)
 # Machine.
 @click.option("--precision", help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
               type=click.Choice(list(PRECISIONS)))  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@click.option("--gradient_checkpointing", help="Latent and LSUN networks: less memory, more time", type=bool,
+              default=False)  # fmt: skip
 @click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)
+@offline_option
 # Progress.
 @click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
 @click.option(
@@ -104,6 +110,7 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
         resume=opts["resume"],
         intervals=Intervals(opts["tick"], opts["snap"], opts["dump"]),
         batch_gpu=opts["batch_gpu"],
+        gradient_checkpointing=opts["gradient_checkpointing"],
     )
 
 

@@ -1,10 +1,25 @@
-"""How a command ends when its user gave it something it cannot use."""
+"""What the commands have in common: how they end when given something unusable, and options of all."""
 
 import os
 import sys
 from collections.abc import Callable
 
 import click
+
+
+def _go_offline(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["SFD_OFFLINE"] = "1"
+
+
+#: Decorator for a command: `--offline` does for its process, and those that it starts, what `SFD_OFFLINE=1` does.
+offline_option = click.option(
+    "--offline",
+    help="Fetch nothing; a missing file is an error that says where to get it",
+    is_flag=True,
+    expose_value=False,
+    callback=_go_offline,
+)
 
 
 def one_line_errors(command: click.Command) -> Callable[[], None]:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,26 +69,56 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
         raise ValueError(f"sha256 is {sha256!r}, expected 8 to 64 lower-case hexadecimal digits")
     urls = [_via_endpoint(url) for url in urls]
-    if offline is None:
-        offline = os.environ.get("SFD_OFFLINE", "").lower() not in ("", "0", "false", "no")
-    try:
+    with _one_line_errors(f"fetch {_shown(urls[0])}", dest):
         if _is_there(dest, sha256):
             return dest
-        if offline:
+        if is_offline() if offline is None else offline:
             raise click.ClickException(
                 f"offline, and {dest} is not there; get it from {_shown(urls[0])} and put it there, "
                 "or run without --offline and SFD_OFFLINE"
             )
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(dest.with_name(f".{dest.name}.lock"), f"another process is fetching {dest}"):
+        with _locked(dest, "fetching"):
             if not _is_there(dest, sha256):
                 _download(urls, dest, sha256)
+    return dest
+
+
+def derive(dest: str | os.PathLike, make: Callable[[], object]) -> Path:
+    """Make sure that a file made from a fetched one (unpacked, say) is at `dest`, and return that path.
+
+    `make` writes it, all or nothing, once for all processes that ask. From then on it is verified like a download.
+
+    Raises:
+        click.ClickException: it cannot be made, or has changed since.
+    """
+    dest = Path(dest)
+    with _one_line_errors(f"make {dest}", dest):
+        if _is_there(dest, None):
+            return dest
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(dest, "making"):
+            if not _is_there(dest, None):
+                make()
+                _is_there(dest, None)
+    return dest
+
+
+def is_offline() -> bool:
+    """Whether `SFD_OFFLINE` forbids the network."""
+    return os.environ.get("SFD_OFFLINE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+@contextmanager
+def _one_line_errors(attempt: str, dest: Path) -> Iterator[None]:
+    """Say what a full disk or an unwritable place prevented."""
+    try:
+        yield
     except OSError as error:
         raise click.ClickException(
-            f"cannot fetch {_shown(urls[0])}: {error.filename or dest}: {error.strerror or error}; "
+            f"cannot {attempt}: {error.filename or dest}: {error.strerror or error}; "
             f"make {dest} writable, put the file there by hand, or let SFD_CACHE name another directory"
         ) from None
-    return dest
 
 
 def _via_endpoint(url: str) -> str:
@@ -111,13 +141,16 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _locked(path: Path, reason_to_wait: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. The file stays: if it were removed, two processes could lock one name."""
-    with open(path, "a") as file:
+def _locked(path: Path, doing: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, whose directory is there.
+
+    The lock's own file beside it stays: if it were removed, two processes could lock one name.
+    """
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{reason_to_wait}; waiting for it")
+            _say(f"another process is {doing} {path}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -149,7 +182,10 @@ def _difference(digest: str, dest: Path, sha256: str | None) -> str | None:
         return f"its sha256 is {digest[:16]}…, the published one {sha256[:16]}…"
     recorded = _recorded_digest(dest, sha256)
     if recorded is not None and digest != recorded:
-        return f"its sha256 is {digest[:16]}…, the one recorded for it in {_record_path()} {recorded[:16]}…"
+        return (
+            f"its sha256 is {digest[:16]}…, that of its first use, recorded in {_record_path()}, {recorded[:16]}… "
+            "(remove that entry if the file was renewed)"
+        )
     return None
 
 
@@ -191,7 +227,7 @@ def _write_record(dest: Path, digest: str) -> None:
     entry = {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock"), f"another process is writing {path}"):
+        with _locked(path, "writing"):
             record = {**_read_record(), _key(dest): entry}
             write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
     except OSError as error:
@@ -248,10 +284,15 @@ def _download(urls: Sequence[str], dest: Path, sha256: str | None) -> None:
             digest = _download_from(url, dest, sha256)
         except _Failed as error:
             failures.append(f"{_shown(url)}: {error}")
+            if len(failures) < len(urls):
+                _say(f"{failures[-1]}; trying the next address")
             continue
         _write_record(dest, digest)
         return
-    raise click.ClickException(f"cannot fetch {dest.name} ({'; '.join(failures)}); put the file by hand at {dest}")
+    raise click.ClickException(
+        f"cannot fetch {dest.name} ({'; '.join(failures)}); put the file by hand at {dest}, "
+        "or let SFD_CACHE name another directory"
+    )
 
 
 def _download_from(url: str, dest: Path, sha256: str | None) -> str:
@@ -269,6 +310,7 @@ def _download_from(url: str, dest: Path, sha256: str | None) -> str:
             attempts, best = (0, part.size) if part.size >= best + PROGRESS else (attempts + 1, best)
             if attempts == ATTEMPTS:
                 raise _Failed(f"{error}; gave up after {part.size} bytes and {ATTEMPTS} attempts") from None
+            _say(f"{_shown(url)}: {error}; trying again")
             time.sleep(BACKOFF * 2 ** max(attempts - 1, 0))
             continue
         digest = sha256_of(part.path)
@@ -317,7 +359,8 @@ def _begin(url: str, part: _Part, response: requests.Response, has_checksum: boo
         raise _Failed(f"sends the file as {_shown(head['Content-Encoding'])}")
     if not has_checksum and head.get("Content-Type", "").startswith("text/html"):
         raise _Failed("answers with a web page")
-    if not has_checksum and url.startswith("https:") and not response.url.startswith("https:"):
+    hops = [hop.url for hop in (*response.history, response)]  # anybody on the way could have changed an answer
+    if not has_checksum and url.startswith("https:") and not all(hop.startswith("https:") for hop in hops):
         raise _Failed("redirects to an unencrypted address, and no checksum is published")
 
     content_range = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", head.get("Content-Range", ""))
@@ -336,7 +379,7 @@ def _begin(url: str, part: _Part, response: requests.Response, has_checksum: boo
         part.begin(origin)
     needed, free = (size or 0) - part.size, shutil.disk_usage(part.path.parent).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", str(part.path.parent))
+        raise _Failed(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     return size
 
 

@@ -109,7 +109,7 @@ def load_detector(
     if resize != "tf1" and (name_or_path == "efficientnet-lite0" or name_or_path.endswith(".pt")):
         raise click.ClickException(f"--resize={resize} is for Inception; {name_or_path} has its own: leave it out")
     if name_or_path == "inception":
-        return _inception(_fetch_inception(), resize, device)
+        return _inception(fetch_inception(), resize, device)
     if name_or_path == "efficientnet-lite0":
         return _efficientnet_lite0(device)
     path = Path(name_or_path)
@@ -124,7 +124,7 @@ def load_detector(
     return _inception(path, resize, device)
 
 
-def _fetch_inception() -> Path:
+def fetch_inception() -> Path:
     from dnnlib.download import cache_dir, fetch  # keeps requests out of programs that never download
 
     return fetch(INCEPTION_URLS, cache_dir() / INCEPTION_FILE, sha256=INCEPTION_SHA256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,50 +14,81 @@ import click
 import torch
 from torch import Tensor
 
-from dnnlib.download import cache_dir, fetch
+from torch_utils.archives import read_checkpoint
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 from torch_utils.edm_pickle import read_edm_pickle
 
+from .guided_unet import GuidedUNet
+from .latent import FIRST_STAGE, TEXT, LatentSpace
 from .model import DiffusionModel, SamplingSettings
-from .precond import NETWORKS, EDMPrecond
-from .registry import ASSETS, DatasetRow, get_row
+from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDMPrecond, Precond
+from .reference_students import is_reference_student, read_reference_student
+from .registry import ROWS, DatasetRow, fetch_weights, get_row
 
 RUNS_DIR = Path("exps")
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
+CONFIGS = Path(__file__).parent / "configs"
+
+#: Ranges of numbers in a network's description: outside, it would take for ever to build, or mean nothing. Where the
+#: lower end is an integer, the number is one.
+RANGES = {
+    "sigma_data": (1e-6, 1e3), "dropout": (0.0, 1), "label_dropout": (0.0, 1), "linear_start": (1e-8, 0.999),
+    "linear_end": (1e-8, 0.999), "timesteps": (2, 100_000), "num_res_blocks": (1, 16), "transformer_depth": (1, 16),
+    "img_resolution": (1, 1 << 14),
+}  # fmt: skip
+
+# How tensors are named in the files of latent diffusion: the network, and its moving average without any dot.
+RAW, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
+#: What they hold besides: counters of the moving average, and the noise schedule, which follows from the settings.
+IGNORED = {
+    "model_ema.decay", "model_ema.num_updates", "betas", "alphas_cumprod", "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+}  # fmt: skip
 
 
-def build_network(spec: dict[str, Any], tensors: dict[str, Tensor], source: str) -> EDMPrecond:
+def build_network(spec: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Precond:
     """The network that `spec` (`class` and constructor arguments) describes, with `tensors` as its weights.
 
     It is built without memory first, so that a file whose settings ask for more than its tensors hold is refused
     before anything is allocated.
     """
-    arguments = {name: value for name, value in spec.items() if name != "class"}
-    if spec.get("class") != "EDMPrecond":
-        raise click.ClickException(f"{source} holds a network of class {spec.get('class')!r}; expected EDMPrecond")
-    _check_arguments(arguments, source)
-    try:
-        with torch.device("meta"):
-            net = EDMPrecond(**arguments)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise click.ClickException(f"{source} describes a network that cannot be built ({error})") from None
+    net = _describe_network(spec, source)
     check_state_dict(net.state_dict(), tensors, source)
     net.load_state_dict(tensors, assign=True)
     return net.eval()
 
 
-def _check_arguments(arguments: dict[str, Any], source: str) -> None:
+def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
+    """The network on the meta device; a description that is none is one clear line."""
+    arguments = {name: value for name, value in spec.items() if name != "class"}
+    name = spec.get("class")
+    if not isinstance(name, str) or name not in PRECONDITIONERS:
+        raise click.ClickException(
+            f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(PRECONDITIONERS)}"
+        )
+    _check_arguments(PRECONDITIONERS[name], arguments, source)
+    try:
+        with torch.device("meta"):
+            return PRECONDITIONERS[name](**arguments)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise click.ClickException(f"{source} describes a network that cannot be built ({error})") from None
+
+
+def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str) -> None:
     """Refuse unknown arguments, and counts that would take for ever to build."""
-    known = set(inspect.signature(EDMPrecond).parameters)
-    for network in NETWORKS.values():
+    known = set(inspect.signature(cls).parameters)
+    for network in NETWORKS.values() if cls is EDMPrecond else [GuidedUNet]:
         known |= set(inspect.signature(network).parameters)
     unknown = set(arguments) - known
     blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])
     if unknown:
         raise click.ClickException(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
-    for name, lowest, highest in (("sigma_data", 1e-6, 1e3), ("dropout", 0, 1), ("label_dropout", 0, 1)):
-        value = arguments.get(name, 0.5)
-        if type(value) not in (int, float) or not lowest <= value <= highest:
+    for name, (lowest, highest) in RANGES.items():
+        value = arguments.get(name, lowest)
+        types = (int,) if isinstance(lowest, int) else (int, float)
+        if type(value) not in types or not lowest <= value <= highest:
             raise click.ClickException(
                 f"{source} describes a network with {name} {value!r}; expected {lowest:g} to {highest:g}"
             )
@@ -64,6 +96,28 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> None:
         raise click.ClickException(
             f"{source} describes an unusable network (num_blocks {blocks!r}, channel_mult {str(levels)[:60]})"
         )
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """What `models/configs/NAME.yaml` (or a YAML file elsewhere) says of a published model.
+
+    `network` is the network's class and constructor arguments; latent models have `first_stage` too.
+    """
+    try:
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise click.ClickException(
+            f"the networks of published models are described in YAML, which omegaconf reads ({error}); "
+            "run: pip install omegaconf"
+        ) from None
+    path = CONFIGS / name
+    return OmegaConf.to_container(OmegaConf.load(path if path.suffix else path.with_suffix(".yaml")), resolve=True)
+
+
+def build_on_meta(row: DatasetRow) -> Precond:
+    """The network of a row without memory: names, shapes and operations, no values."""
+    spec = read_settings(row.path)["network"] if row.config is None else read_config(row.config)["network"]
+    return _describe_network(spec, row.name)
 
 
 def load_teacher(
@@ -77,41 +131,106 @@ def load_teacher(
         device: where to put it.
 
     Raises:
-        click.ClickException: unknown name, unreadable file, or a loader that is not there yet.
+        click.ClickException: unknown name, unreadable file, or one that is not what it should be.
     """
     if model_path is not None:
         net, name = _read_own_teacher(Path(model_path)), dataset_name or Path(model_path).stem
-        row = DatasetRow(name, "file", str(model_path), net.img_resolution, net.img_channels, net.label_dim)
+        latent = _latent_space(net, name, str(model_path))
+        own = DatasetRow(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
+        row = own if latent is None else get_row(name)
     elif dataset_name is None:
         raise click.ClickException("no dataset_name and no model_path; give --dataset_name, or the file of a teacher")
     else:
         row = get_row(dataset_name)
-        net = _read_registered(row)
-    model = DiffusionModel(net, row.name, row.sigma_min, row.sigma_max)
+        net, latent = _read_registered(row)
+    sigma_max = net.noise_schedule.sigma_max if row.sigma_max is None else row.sigma_max
+    model = DiffusionModel(net, row.name, row.sigma_min, sigma_max, latent=latent, guidance_rate=row.guidance_rate)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _read_registered(row: DatasetRow) -> EDMPrecond:
-    if row.loader == "embedded":
-        return _read_own_teacher(ASSETS / row.source)
-    if row.loader == "edm":
-        return _read_own_teacher(fetch([row.source], cache_dir() / row.name / row.source.rsplit("/", 1)[1]))
-    raise click.ClickException(
-        f"the loader of {row.name} ({row.loader}) is not part of this version; use emoji32 or one "
-        "of the EDM teachers, or --model_path with a teacher of your own"
-    )
+def _read_registered(row: DatasetRow) -> tuple[Precond, LatentSpace | None]:
+    if row.loader in ("embedded", "edm"):
+        return _read_own_teacher(fetch_weights(row)), None
+    config, (tensors, path) = read_config(row.config), _read_published(row)
+    if row.codec is None:
+        return _published_network(config["network"], tensors, path), None
+    others = (FIRST_STAGE, TEXT) if row.text else FIRST_STAGE
+    rest = {name: tensor for name, tensor in tensors.items() if name.startswith(others)}
+    net = _latent_network(config["network"], {k: v for k, v in tensors.items() if k not in rest}, path)
+    return net, LatentSpace(config, lambda: (rest, path))
 
 
-def _read_own_teacher(path: Path) -> EDMPrecond:
+def _read_published(row: DatasetRow) -> tuple[dict[str, Tensor], Path]:
+    path = fetch_weights(row)
+    return read_checkpoint(path), path
+
+
+def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Precond:
+    """The network of a bare state dict."""
+    net = _describe_network(spec, str(path))
+    check_state_dict(net.model.state_dict(), tensors, path)
+    net.model.load_state_dict(_float32(tensors), assign=True)
+    return net
+
+
+def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> CFGPrecond:
+    """The network of a latent-diffusion checkpoint: its moving average, where the file has one."""
+    net = _describe_network(spec, str(path))
+    expected = net.model.state_dict()
+    averages = {name: EMA + name.replace(".", "") for name in expected}
+    published = {RAW + name: tensor for name, tensor in expected.items()}
+    has_average = any(name.startswith(EMA) for name in tensors)
+    if has_average:
+        published |= {averages[name]: tensor for name, tensor in expected.items()}
+    check_state_dict(published, {name: t for name, t in tensors.items() if name not in IGNORED}, path)
+    _check_noise(net, tensors.get("alphas_cumprod"), path)
+    chosen = {name: tensors[averages[name] if has_average else RAW + name] for name in expected}
+    net.model.load_state_dict(_float32(chosen), assign=True)
+    return net
+
+
+def _check_noise(net: CFGPrecond, recorded: Tensor | None, path: Path) -> None:
+    """Refuse a file whose model was trained at other noise levels."""
+    own = net.noise_schedule.alphas_cumprod
+    if recorded is not None and (recorded.shape != own.shape or not torch.allclose(recorded.double(), own, rtol=1e-2)):
+        raise click.ClickException(
+            f"{path} records another noise schedule than its model has; expected the published file"
+        )
+
+
+def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, which do not change with the file."""
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+
+
+def _latent_space(net: Precond, dataset_name: str, source: str) -> LatentSpace | None:
+    """What a network in a latent space needs besides, from the published file of the data set it belongs to."""
+    if not isinstance(net, CFGPrecond):
+        return None
+    row, has_text = ROWS.get(dataset_name), net.context_dim is not None
+    space = (net.img_channels, net.img_resolution, has_text)
+    if row is None or (row.latent_channels, row.latent_resolution, row.text) != space:
+        kind = f"{net.img_channels}×{net.img_resolution}² latents {'with' if has_text else 'without'} text"
+        raise click.ClickException(
+            f"{source} is a network for {kind}, which {dataset_name} does not have; "
+            "expected one of a latent data set, whose published file decodes them"
+        )
+    return LatentSpace(read_config(row.config), lambda: _read_published(row))
+
+
+def _read_own_teacher(path: Path) -> Precond:
     if path.suffix == ".pkl":
         pickled = read_edm_pickle(path)
-        return build_network({"class": pickled.class_name, **pickled.init_kwargs}, pickled.state_dict, str(path))
-    tensors, settings = read_network(path)
-    if settings.get("format") != "teacher":
+        is_student, tensors = pickled.is_student, pickled.state_dict
+        spec = {"class": pickled.class_name, **pickled.init_kwargs}
+    else:
+        tensors, settings = read_network(path)
+        is_student, spec = settings.get("format") != "teacher", settings["network"]
+    if is_student:
         raise click.ClickException(
             f"{path} is a student, not a teacher; to distil it further, add --is_second_stage=True"
         )
-    return build_network(settings["network"], tensors, str(path))
+    return build_network(spec, tensors, str(path))
 
 
 def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> DiffusionModel:
@@ -119,17 +238,21 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Diffusi
 
     New layers take the global generator's numbers and end in zero weights, so that the student starts as its teacher.
     """
-    net = EDMPrecond(**{**teacher.net.init_kwargs, "use_step_condition": sampling.use_step_condition})
+    net = type(teacher.net)(**{**teacher.net.init_kwargs, "use_step_condition": sampling.use_step_condition})
     missing, unexpected = net.load_state_dict(teacher.net.state_dict(), strict=False)
-    if unexpected or any("step" not in name for name in missing):
+    if unexpected or any("step" not in name and "nfe" not in name for name in missing):
         raise ValueError("the student's network must be the teacher's, with or without step-condition layers")
-    if net.model.map_augment is not None:
-        net.model.map_augment.requires_grad_(False)  # sampling has no augmentation labels: it never sees a gradient
-    device = next(teacher.parameters()).device
-    return DiffusionModel(net, teacher.dataset_name, sampling.sigma_min, sampling.sigma_max, sampling).to(device)
+    net.freeze_unused()
+    return _student_model(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
 
 
-def network_spec(net: EDMPrecond) -> dict[str, Any]:
+def _student_model(net: Precond, sampling: SamplingSettings, latent: LatentSpace | None) -> DiffusionModel:
+    s = sampling
+    guidance_rate = s.guidance_rate if s.guidance_type == "cfg" else 1.0
+    return DiffusionModel(net, s.dataset_name, s.sigma_min, s.sigma_max, s, latent, guidance_rate)
+
+
+def network_spec(net: Precond) -> dict[str, Any]:
     """What `build_network` needs to know besides the weights."""
     return {"class": type(net).__name__, **net.init_kwargs}
 
@@ -145,20 +268,25 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
     """A distilled model, in eval mode without gradients; `.sampling` holds its settings.
 
     Args:
-        path: a file, a run directory (its newest snapshot), or the number of a run under `./exps`.
+        path: a file (ours, or a pickle of the reference's training), a run directory (its newest snapshot), or the
+            number of a run under `./exps`.
 
     Raises:
         click.ClickException: no such file or run, or one that is not a student.
     """
     path = find_student(path)
-    sampling = read_sampling(path)
-    tensors, settings = read_network(path)
-    net = build_network(settings["network"], tensors, str(path))
+    if path.suffix == ".pkl":
+        spec, tensors, sampling = read_reference_student(path)
+    else:
+        sampling = read_sampling(path)
+        tensors, settings = read_network(path)
+        spec = settings["network"]
+    net = build_network(spec, tensors, str(path))
     if net.model.use_step_condition != sampling.use_step_condition:
         raise click.ClickException(
             f"{path} contradicts itself: its network and its settings differ in use_step_condition"
         )
-    model = DiffusionModel(net, sampling.dataset_name, sampling.sigma_min, sampling.sigma_max, sampling)
+    model = _student_model(net, sampling, _latent_space(net, sampling.dataset_name, str(path)))
     try:
         sampling.schedule(model.noise_schedule)
     except ValueError as error:
@@ -167,7 +295,9 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
 
 
 def read_sampling(path: str | os.PathLike) -> SamplingSettings:
-    """The sampling settings in a student file, without reading its weights."""
+    """The sampling settings in a student file, without reading its weights where it is ours."""
+    if Path(path).suffix == ".pkl":
+        return read_reference_student(path)[2]
     settings = read_settings(path)
     if settings.get("format") != "student":
         raise click.ClickException(f"{path} is a teacher, not a student; sample it with --model_path=teacher")
@@ -176,7 +306,9 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
 
 def is_teacher_file(path: Path) -> bool:
     """Whether a network file is a teacher: a pickle of EDM's training, or what `training.pretrain` writes."""
-    return path.suffix == ".pkl" or read_settings(path).get("format") == "teacher"
+    if path.suffix == ".pkl":
+        return not is_reference_student(path)
+    return read_settings(path).get("format") == "teacher"
 
 
 def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:

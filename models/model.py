@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from solvers import SCHEDULES, NoiseSchedule, count_evaluations, get_schedule, get_solver
 
-from .precond import EDMPrecond
+from .latent import LatentSpace
+from .precond import Precond
 
 #: Student timestamps that SFD-v draws from, NFE 2 to 5 with AFS.
 VARIABLE_STEPS = (4, 5, 6, 7)
@@ -100,35 +102,42 @@ class SamplingSettings:
 
 
 class DiffusionModel(nn.Module):
-    """A denoiser in pixel space with the noise range it is used on.
+    """A denoiser with the noise range it is used on, and the way from its states to images.
 
     Attributes:
         net: the preconditioned network.
         dataset_name: name of the teacher's data set.
         sampling: a student's settings, None for a teacher.
+        latent: first stage and text encoder of a model in a latent space, None in pixel space.
+        guidance_rate: of classifier-free guidance, the default in sampling.
+        noise_schedule: the model's own, for the schedule `discrete`.
     """
 
     def __init__(
         self,
-        net: EDMPrecond,
+        net: Precond,
         dataset_name: str,
         sigma_min: float,
         sigma_max: float,
         sampling: SamplingSettings | None = None,
+        latent: LatentSpace | None = None,
+        guidance_rate: float = 1.0,
     ) -> None:
         super().__init__()
         self.net = net
         self.dataset_name = dataset_name
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.sampling = sampling
-        self.noise_schedule: NoiseSchedule | None = None
+        self.sampling, self.latent, self.guidance_rate = sampling, latent, guidance_rate
+        self.noise_schedule: NoiseSchedule | None = net.noise_schedule
 
     @property
     def img_channels(self) -> int:
+        """Channels of a state; of an image in pixel space."""
         return self.net.img_channels
 
     @property
     def img_resolution(self) -> int:
+        """Height and width of a state; of an image in pixel space."""
         return self.net.img_resolution
 
     @property
@@ -139,6 +148,16 @@ class DiffusionModel(nn.Module):
     def shape(self) -> tuple[int, int, int]:
         """Shape of one state: channels, height, width."""
         return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether states are latents, which `decode` turns into images."""
+        return self.latent is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model is conditioned on captions."""
+        return self.net.context_dim is not None
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -155,11 +174,22 @@ class DiffusionModel(nn.Module):
             raise click.ClickException(f"--class={index}, but {self.dataset_name} has {has}")
 
     def check_prompt(self, prompt: str | None) -> None:
-        """Refuse a caption, which a model in pixel space does not take."""
-        if prompt is not None:
+        """Refuse a caption for a model that takes none."""
+        if prompt is not None and not self.has_text:
             raise click.ClickException(
                 f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text"
             )
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""
+        return self.latent.encode_text(prompts, next(self.parameters()).device)
+
+    def conditioning(self, given: Tensor | None, guidance_rate: float = 1.0) -> dict[str, Any]:
+        """What `denoise` takes by name for `given`: one-hot labels, text conditions, or None for neither."""
+        if not self.has_text:
+            return {"class_labels": given}
+        unconditional = None if guidance_rate == 1 else self.encode_text([""])
+        return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
 
     def denoise(
         self,
@@ -174,14 +204,21 @@ class DiffusionModel(nn.Module):
         """Clean `x`, `[B, C, H, W]` float32, from noisy `x` at `sigma` (scalar, `[1]` or `[B]`).
 
         `class_labels` is one-hot `[B, label_dim]`; `step_condition` the number of timestamps, for a step-conditioned
-        student. Models in pixel space take no text condition and no guidance.
+        student. A text-conditioned model takes `condition` `[B, tokens, width]` instead of labels and, for a
+        `guidance_rate` other than 1 (or None, the same), that of the empty caption as `unconditional_condition`.
         """
-        if condition is not None or unconditional_condition is not None or guidance_rate not in (None, 1.0):
-            raise ValueError(f"{self.dataset_name} takes class labels only: no text condition and no guidance rate")
+        rate = 1.0 if guidance_rate is None else guidance_rate
+        if self.has_text:
+            if condition is None or class_labels is not None:
+                raise ValueError(f"{self.dataset_name} is conditioned on text: it takes a condition and no labels")
+            text = dict(condition=condition, unconditional_condition=unconditional_condition, guidance_rate=rate)
+            return self.net(x, sigma, step_condition=step_condition, **text)
+        if condition is not None or unconditional_condition is not None or rate != 1:
+            raise ValueError(f"{self.dataset_name} has no text: it takes no text condition and no guidance rate")
         return self.net(x, sigma, class_labels, step_condition=step_condition)
 
     forward = denoise  # so that hooks and torch.compile see it
 
     def decode(self, latents: Tensor) -> Tensor:
         """States to images in [-1, 1], `[B, 3, H, W]`; in pixel space they are the same."""
-        return latents
+        return latents if self.latent is None else self.latent.decode(latents)

@@ -1,23 +1,86 @@
-"""EDM preconditioning: a raw network F becomes the denoiser D (Karras et al. 2022, table 1 and equation 7).
+"""Preconditioning: a raw network F becomes the denoiser D.
 
 D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ))
 
-c_skip = σ_d² / (σ² + σ_d²)      c_out = σ σ_d / √(σ² + σ_d²)      c_in = 1 / √(σ² + σ_d²)      c_noise = ln(σ) / 4
+EDM (Karras et al. 2022, table 1 and equation 7), σ_d the standard deviation of the data:
+
+    c_skip = σ_d² / (σ² + σ_d²)      c_out = σ σ_d / √(σ² + σ_d²)      c_in = 1 / √(σ² + σ_d²)      c_noise = ln(σ) / 4
+
+consistency-models: the same with c_noise = 250 ln(σ). Noise predictors (latent diffusion, Stable Diffusion), with t(σ)
+the inverse of their own noise schedule and N the number of its steps:
+
+    c_skip = 1      c_out = −σ      c_in = 1 / √(σ² + 1)      c_noise = N t(σ) − 1
 """
+
+from __future__ import annotations
 
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
 from .edm_unets import DhariwalUNet, SongUNet
+from .guided_unet import GuidedUNet
 from .unet_layers import UNetBlock
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
-class EDMPrecond(nn.Module):
-    """Denoiser with float32 input, output and preconditioning around a core of `compute_dtype`.
+class Precond(nn.Module):
+    """What the denoisers have in common: float32 input, output and preconditioning around a core of `compute_dtype`.
+
+    Attributes:
+        img_resolution, img_channels: size and channels of the states.
+        label_dim: number of classes, 0 for an unconditional model.
+        context_dim: width of the text condition, None for a model without.
+        noise_schedule: the model's own, for the schedule `discrete`; None for a model of continuous noise levels.
+        compute_dtype: None, or a torch dtype that overrides `use_fp16` on every device.
+        init_kwargs: what rebuilds this network, JSON-serialisable; noise limits are the registry's business.
+        model: the raw network.
+    """
+
+    model: nn.Module
+    init_kwargs: dict[str, Any]
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False) -> None:
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16 = use_fp16
+        self.context_dim: int | None = None
+        self.noise_schedule: DiscreteNoise | None = None
+        self.compute_dtype: torch.dtype | None = None
+
+    def set_dropout(self, probability: float) -> None:
+        """Replace the dropout probability of every block."""
+        for block in self.modules():
+            if isinstance(block, UNetBlock):
+                block.dropout = probability
+            elif isinstance(block, nn.Dropout):
+                block.p = probability
+
+    def freeze_unused(self) -> None:
+        """Take no gradient for what distillation never evaluates."""
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only the inputs of blocks while training and compute the rest again: less memory, more time."""
+        if not isinstance(self.model, GuidedUNet):
+            raise click.ClickException(
+                "--gradient_checkpointing=True is for latent and LSUN networks; use --batch-gpu to save memory instead"
+            )
+        self.model.gradient_checkpointing = True
+
+    def core_dtype(self, device: torch.device, force_fp32: bool = False) -> torch.dtype:
+        """The dtype in which F runs on `device`."""
+        if force_fp32:
+            return torch.float32
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32
+
+
+class EDMPrecond(Precond):
+    """Denoiser of an EDM network.
 
     Args:
         img_resolution, img_channels: image size and channels.
@@ -26,8 +89,6 @@ class EDMPrecond(nn.Module):
         sigma_min, sigma_max: range of noise levels that the network was trained on.
         sigma_data: expected standard deviation of the data.
         model_type: `SongUNet` or `DhariwalUNet`; the remaining arguments are passed to it.
-
-    The attribute `compute_dtype` (None, or a torch dtype) overrides `use_fp16` on every device.
     """
 
     def __init__(
@@ -42,14 +103,10 @@ class EDMPrecond(nn.Module):
         model_type: str = "DhariwalUNet",
         **model_kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
         if model_type not in NETWORKS:
             raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(NETWORKS)}")
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.use_fp16 = use_fp16
-        self.compute_dtype: torch.dtype | None = None
-        #: What rebuilds this network, JSON-serialisable; noise limits are the registry's business.
         self.init_kwargs = dict(
             img_resolution=img_resolution,
             img_channels=img_channels,
@@ -67,19 +124,9 @@ class EDMPrecond(nn.Module):
             **model_kwargs,
         )
 
-    def set_dropout(self, probability: float) -> None:
-        """Replace the dropout probability of every block."""
-        for block in self.modules():
-            if isinstance(block, UNetBlock):
-                block.dropout = probability
-
-    def core_dtype(self, device: torch.device, force_fp32: bool = False) -> torch.dtype:
-        """The dtype in which F runs on `device`."""
-        if force_fp32:
-            return torch.float32
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32
+    def freeze_unused(self) -> None:
+        if self.model.map_augment is not None:
+            self.model.map_augment.requires_grad_(False)  # sampling has no augmentation labels
 
     def forward(
         self,
@@ -97,18 +144,12 @@ class EDMPrecond(nn.Module):
         """
         x = x.float()
         sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
-        labels = self._labels(class_labels, x.device)
-        if step_condition is not None:
-            step_condition = _on_device(step_condition, x)
-        total = (sigma.square() + self.sigma_data**2).sqrt()
-        c_skip = self.sigma_data**2 / total.square()
-        c_out = sigma * self.sigma_data / total
-        noise_labels = sigma.log().flatten() / 4
+        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
         raw = self.model(
             (x / total).to(self.core_dtype(x.device, force_fp32)),
-            noise_labels,
-            labels,
-            step_condition=step_condition,
+            sigma.log().flatten() / 4,
+            self._labels(class_labels, x.device),
+            step_condition=_optional(step_condition, x),
             **model_kwargs,
         )
         return c_skip * x + c_out * raw.float()
@@ -119,6 +160,201 @@ class EDMPrecond(nn.Module):
         if class_labels is None:
             return torch.zeros([1, self.label_dim], device=device)
         return class_labels.float().reshape(-1, self.label_dim)
+
+
+class ConsistencyPrecond(Precond):
+    """Denoiser of the diffusion teachers of consistency-models (Song et al. 2023, arXiv 2303.01469), unconditional.
+
+    Args:
+        img_resolution, img_channels: image size and channels.
+        sigma_data: expected standard deviation of the data.
+        use_fp16: run the core in float16 where the input is on CUDA.
+        The remaining arguments are those of `GuidedUNet`.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        sigma_data: float = 0.5,
+        use_fp16: bool = False,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, use_fp16=use_fp16)
+        self.sigma_data = sigma_data
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            sigma_data=sigma_data,
+            use_fp16=use_fp16,
+            **model_kwargs,
+        )
+        self.model = GuidedUNet(img_channels, img_channels, **model_kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        step_condition: Tensor | float | None = None,
+    ) -> Tensor:
+        """As `EDMPrecond.forward`; there are no classes, so `class_labels` must be None."""
+        _refuse_labels(class_labels)
+        x = x.float()
+        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
+        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
+        core = (x / total).to(self.core_dtype(x.device, force_fp32))
+        raw = self.model(core, 250 * sigma.log().flatten(), step_condition=_optional(step_condition, x))
+        return c_skip * x + c_out * raw.float()
+
+
+class DiscreteNoise:
+    """Noise schedule of a model that was trained at N noise levels: σ(t) and its inverse, t in (0, 1].
+
+    The variances of the noise added per step are even in their roots, and step i ends at t = i/N with
+    ᾱ = Π (1 − β). In between, log α = log √ᾱ is linear in t, and it goes on like that outside (DPM-Solver,
+    arXiv 2206.00927, appendix D). σ = √(1 − ᾱ) / √ᾱ.
+
+    Args:
+        linear_start, linear_end: β of the first and the last step.
+        timesteps: N.
+    """
+
+    def __init__(self, linear_start: float, linear_end: float, timesteps: int) -> None:
+        options = dict(dtype=torch.float64, device="cpu")
+        betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, **options).square()
+        self.steps = timesteps
+        self.alphas_cumprod = (1 - betas).cumprod(0)
+        #: Ascending, as a search needs it: from the last time to the first.
+        self._log_alphas = self.alphas_cumprod.log().flip(0) / 2
+        self._copies: dict[torch.device, Tensor] = {}
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest noise level that the model knows, at t = 1."""
+        return float(self.sigma(torch.ones(1, dtype=torch.float64)))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level at time `t`; float64, on the CPU."""
+        place = self.steps * (1 - t.to("cpu", torch.float64))
+        low = place.floor().clamp(0, self.steps - 2).long()
+        log_alpha = torch.lerp(self._log_alphas[low], self._log_alphas[low + 1], place - low)
+        return torch.expm1(-2 * log_alpha).sqrt()
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        """Time at noise level `sigma`; float64, on the CPU."""
+        return 1 - self._place(sigma.to("cpu", torch.float64), self._log_alphas) / self.steps
+
+    def step(self, sigma: Tensor) -> Tensor:
+        """What the network is told, from 0 to N − 1 in steps of training; float32 beside `sigma`."""
+        if sigma.device not in self._copies:
+            self._copies[sigma.device] = self._log_alphas.to(sigma.device, torch.float32)
+        return self.steps - 1 - self._place(sigma.float(), self._copies[sigma.device])
+
+    def _place(self, sigma: Tensor, log_alphas: Tensor) -> Tensor:
+        """Position among the steps, counted from the last one; a fraction."""
+        log_alpha = -torch.log1p(sigma.square()) / 2
+        low = (torch.searchsorted(log_alphas, log_alpha) - 1).clamp(0, self.steps - 2)
+        first, second = log_alphas[low], log_alphas[low + 1]
+        return low + (log_alpha - first) / (second - first)
+
+
+class CFGPrecond(Precond):
+    """Denoiser of a noise predictor in a latent space, with classifier-free guidance (arXiv 2207.12598) inside.
+
+    Args:
+        img_resolution, img_channels: size and channels of the latents.
+        linear_start, linear_end, timesteps: see `DiscreteNoise`.
+        use_fp16: run the core in float16 where the input is on CUDA.
+        The remaining arguments are those of `GuidedUNet`; with `context_dim` it takes a text condition.
+    """
+
+    noise_schedule: DiscreteNoise
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        linear_start: float,
+        linear_end: float,
+        timesteps: int = 1000,
+        use_fp16: bool = False,
+        context_dim: int | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, use_fp16=use_fp16)
+        self.context_dim = context_dim
+        self.noise_schedule = DiscreteNoise(linear_start, linear_end, timesteps)
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            timesteps=timesteps,
+            use_fp16=use_fp16,
+            context_dim=context_dim,
+            **model_kwargs,
+        )
+        self.model = GuidedUNet(img_channels, img_channels, context_dim=context_dim, **model_kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        step_condition: Tensor | float | None = None,
+        condition: Tensor | None = None,
+        unconditional_condition: Tensor | None = None,
+        guidance_rate: float = 1.0,
+    ) -> Tensor:
+        """Denoise latents `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
+
+        `condition` and `unconditional_condition` are `[B, M, context_dim]` (or `[1, …]`). A `guidance_rate` r other
+        than 1 takes ε = ε_u + r (ε_c − ε_u), at the cost of a second evaluation.
+        """
+        _refuse_labels(class_labels)
+        x = x.float()
+        sigma = _on_device(sigma, x).reshape(-1)
+        scale = sigma.reshape(-1, 1, 1, 1)
+        core = (x / (scale.square() + 1).sqrt()).to(self.core_dtype(x.device, force_fp32))
+        times = self.noise_schedule.step(sigma)
+        step_condition = _optional(step_condition, x)
+        if condition is not None:
+            condition = condition.expand(len(x), -1, -1)
+        if guidance_rate == 1 or condition is None:
+            noise = self.model(core, times, condition, step_condition).float()
+        else:
+            if unconditional_condition is None:
+                raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
+            context = torch.cat([unconditional_condition.expand(len(x), -1, -1), condition])
+            steps = step_condition
+            if steps is not None and steps.numel() > 1:
+                steps = steps.repeat(2)
+            times = times.repeat(2) if len(times) > 1 else times
+            without, with_text = self.model(torch.cat([core, core]), times, context, steps).float().chunk(2)
+            noise = without + guidance_rate * (with_text - without)
+        return x - scale * noise
+
+
+#: The denoisers that a file may describe.
+PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, ConsistencyPrecond, CFGPrecond)}
+
+
+def _edm_scales(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out and 1 / c_in of EDM."""
+    total = (sigma.square() + sigma_data**2).sqrt()
+    return sigma_data**2 / total.square(), sigma * sigma_data / total, total
+
+
+def _refuse_labels(class_labels: Tensor | None) -> None:
+    if class_labels is not None:
+        raise ValueError("this model has no classes: class_labels must be None")
+
+
+def _optional(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    return None if value is None else _on_device(value, like)
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,10 +23,35 @@ from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
 from .loading import find_student, is_teacher_file, load_student, load_teacher
 from .model import VARIABLE_STEPS, DiffusionModel
-from .registry import get_row
+from .registry import fetch_captions, get_row
+from .text import read_prompts
 
 #: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
 CPU_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Captions for a text-conditioned model.
+
+    Attributes:
+        texts: one or more.
+        drawn: each seed draws its caption; otherwise seed i gets number i, and they start again at the end.
+    """
+
+    texts: Sequence[str]
+    drawn: bool = False
+
+    def choose(self, seeds: Sequence[int], generators: Sequence[torch.Generator]) -> list[str]:
+        """The caption of each seed, whose generator has drawn its noise."""
+        if self.drawn:
+            return [self.texts[i] for i in stacked_randint(generators, len(self.texts)).tolist()]
+        return [self.texts[seed % len(self.texts)] for seed in seeds]
+
+
+def captions_by_seed() -> Prompts:
+    """The captions that text-conditioned models are trained and evaluated with."""
+    return Prompts(read_prompts(fetch_captions()), drawn=True)
 
 
 @dataclass(frozen=True)
@@ -35,8 +62,9 @@ class Sampler:
         sigmas: noise levels, float64 `[num_steps]`.
         afs: whether the first evaluation is analytical.
         step_condition: what a step-conditioned network is told.
-        guidance: evaluations of the network per evaluation of the denoiser.
+        guidance_rate: of classifier-free guidance, which doubles the evaluations of the network unless it is 1.
         denoise_to_zero: end with the denoiser at σ_min, as EDM's own sampler does.
+        prompts: captions, for a text-conditioned model.
     """
 
     model: DiffusionModel
@@ -44,19 +72,21 @@ class Sampler:
     sigmas: Tensor
     afs: bool = False
     step_condition: float | None = None
-    guidance: int = 1
+    guidance_rate: float = 1.0
     denoise_to_zero: bool = False
+    prompts: Prompts | None = None
 
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
         evaluations = count_evaluations(self.solver, len(self.sigmas), self.afs)
-        return self.guidance * (evaluations + self.denoise_to_zero)
+        return (evaluations + self.denoise_to_zero) * (1 if self.guidance_rate == 1 else 2)
 
     @torch.no_grad()
-    def run(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Final states `[B, C, H, W]` from `x` at σ_max."""
-        denoise = partial(self.model.denoise, class_labels=labels, step_condition=self.step_condition)
+    def run(self, x: Tensor, given: Tensor | None) -> Tensor:
+        """Final states `[B, C, H, W]` from `x` at σ_max; `given` are labels or text conditions."""
+        conditioning = self.model.conditioning(given, self.guidance_rate)
+        denoise = partial(self.model.denoise, step_condition=self.step_condition, **conditioning)
         x = solve(self.solver, denoise, x, self.sigmas, self.afs, every=len(self.sigmas) - 1)[-1]
         return denoise(x, float(self.sigmas[-1])) if self.denoise_to_zero else x
 
@@ -68,21 +98,24 @@ class Sampler:
         for start in range(0, len(seeds), size):
             part = list(seeds[start : start + size])
             padded = part + part[-1:] * (size - len(part))
-            states = self.run(*draw_latents(self.model, padded, class_index))
+            states = self.run(*draw_latents(self.model, padded, class_index, self.prompts))
             images.append(to_uint8(self.model.decode(states[: len(part)])))
         return np.concatenate(images)
 
 
 def draw_latents(
-    model: DiffusionModel, seeds: Sequence[int], class_index: int | None = None
+    model: DiffusionModel, seeds: Sequence[int], class_index: int | None = None, prompts: Prompts | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Start states at σ_max `[N, C, H, W]` and one-hot labels `[N, label_dim]` (None without classes), on the device.
+    """Start states at σ_max `[N, C, H, W]`, and what they are conditioned on, on the device.
 
-    Each sample draws its noise, then its label unless `class_index` gives one, from a generator of its own seed.
+    That is one-hot labels `[N, label_dim]`, text conditions `[N, tokens, width]`, or None for neither. Each sample
+    draws its noise, then its label unless `class_index` gives one, from a generator of its own seed.
     """
     device = next(model.parameters()).device
     generators = sample_generators(seeds)
     x = stacked_randn(generators, model.shape).to(device) * model.sigma_max
+    if model.has_text:
+        return x, model.encode_text(prompts.choose(seeds, generators))
     if model.label_dim == 0:
         return x, None
     index = stacked_randint(generators, model.label_dim)
@@ -91,8 +124,15 @@ def draw_latents(
     return x, one_hot(index, model.label_dim).float().to(device)
 
 
-def student_sampler(student: DiffusionModel, num_steps: int | None = None) -> Sampler:
+def student_sampler(
+    student: DiffusionModel,
+    num_steps: int | None = None,
+    guidance_rate: float | None = None,
+    prompts: Prompts | None = None,
+) -> Sampler:
     """The Euler sampler that a student was distilled for; `num_steps` chooses the NFE of a step-conditioned one.
+
+    `guidance_rate` replaces the student's own, for a text-conditioned one.
 
     Raises:
         click.ClickException: the student serves another number of timestamps.
@@ -111,8 +151,8 @@ def student_sampler(student: DiffusionModel, num_steps: int | None = None) -> Sa
             )
         settings = replace(settings, num_steps=num_steps)
     sigmas = settings.schedule(student.noise_schedule)
-    guidance = 2 if settings.guidance_type == "cfg" and settings.guidance_rate != 1 else 1
-    return Sampler(student, get_solver("euler"), sigmas, settings.afs, settings.step_condition, guidance)
+    rate = student.guidance_rate if guidance_rate is None else guidance_rate
+    return Sampler(student, get_solver("euler"), sigmas, settings.afs, settings.step_condition, rate, prompts=prompts)
 
 
 @dataclass(frozen=True)
@@ -129,15 +169,20 @@ class SamplerOptions:
     schedule_rho: float | None = None
     afs: bool | None = None
     denoise_to_zero: bool | None = None
+    guidance_rate: float | None = None
+    prompt: str | None = None
+    prompts: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+#: What a student can be asked for; the rest it was distilled for.
+STUDENT_OPTIONS = ("num_steps", "guidance_rate", "prompt", "prompts")
 TEACHER_DEFAULTS = SamplerOptions(18, "heun", None, True, True, False, "polynomial", 7.0, False, False)
 
 
-def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions) -> Sampler:
+def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | None = None) -> Sampler:
     """A teacher with any solver and schedule, between its own noise levels."""
     o = replace(TEACHER_DEFAULTS, **options.given())
     try:
@@ -147,7 +192,32 @@ def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions) -> Sampler
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    return Sampler(teacher, solver, sigmas, o.afs, denoise_to_zero=o.denoise_to_zero)
+    rate = teacher.guidance_rate if o.guidance_rate is None else o.guidance_rate
+    return Sampler(teacher, solver, sigmas, o.afs, None, rate, o.denoise_to_zero, prompts)
+
+
+def choose_prompts(model: DiffusionModel, options: SamplerOptions) -> Prompts | None:
+    """The captions that a command line asks for: one, those of a file, or by seed; None for a model without text.
+
+    Raises:
+        click.ClickException: captions or guidance for a model without text, a file of them that cannot be used, or both
+            ways of giving them.
+    """
+    if not model.has_text:
+        model.check_prompt(options.prompt)
+        for name in ("prompts", "guidance_rate"):
+            if getattr(options, name) is not None:
+                raise click.ClickException(
+                    f"--{name} needs a text-conditioned model (ms_coco); {model.dataset_name} has no text"
+                )
+        return None
+    if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
+        raise click.ClickException(f"--guidance_rate={options.guidance_rate} is not a finite number; give one")
+    if options.prompt is not None and options.prompts is not None:
+        raise click.ClickException("--prompt and --prompts both give captions; leave one of them out")
+    if options.prompt is not None:
+        return Prompts([options.prompt])
+    return captions_by_seed() if options.prompts is None else Prompts(read_prompts(options.prompts))
 
 
 @dataclass(frozen=True)
@@ -167,7 +237,7 @@ def open_sampler(
     Args:
         model_path: `teacher`, the file of a teacher of one's own, or a student (file, run directory, run number).
         dataset_name: needed for `teacher`; else checked against the file.
-        options: solver and schedule for a teacher; num_steps alone for a student.
+        options: solver and schedule for a teacher; `STUDENT_OPTIONS` alone for a student.
         dtype: of the network's core.
 
     Raises:
@@ -179,18 +249,25 @@ def open_sampler(
         if dataset_name is not None:
             get_row(dataset_name)
         model = load_teacher(dataset_name, path, device)
-        sampler = teacher_sampler(model, options)
+        prompts = choose_prompts(model, options)
+        sampler = teacher_sampler(model, options, prompts)
         effective = replace(TEACHER_DEFAULTS, **options.given())
         name = f"{'teacher' if is_registered else path.stem}-{effective.solver}"
-        identity: dict[str, Any] = asdict(effective)
+        identity = {key: value for key, value in asdict(effective).items() if key not in STUDENT_OPTIONS[1:]}
     else:
         model = load_student(path, device)
         _check_student(model, dataset_name, options)
-        sampler = student_sampler(model, options.num_steps)
+        prompts = choose_prompts(model, options)
+        sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
         # Snapshots have the same names in every run, so the name of the run comes with it.
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
         identity = {"num_steps": len(sampler.sigmas)}
     model.compute_dtype = dtype
+    if model.latent is not None:
+        model.latent.decoder()  # so that a file without one is found now
+    if prompts is not None:
+        texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
+        identity |= {"guidance_rate": sampler.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
     digest = None if path is None else sha256_of(path)
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
@@ -200,7 +277,7 @@ def _check_student(student: DiffusionModel, dataset_name: str | None, options: S
         raise click.ClickException(
             f"--dataset_name={dataset_name}, but the student is of {student.dataset_name}; leave the flag out"
         )
-    foreign = [name for name in options.given() if name != "num_steps"]
+    foreign = [name for name in options.given() if name not in STUDENT_OPTIONS]
     if foreign:
         raise click.ClickException(
             f"--{foreign[0]} belongs to a teacher; a student takes the steps it was distilled for, so leave it out"
@@ -217,13 +294,15 @@ def comparison_rows(student: Sampler) -> list[tuple[str, Sampler]]:
     if model.sampling is None:
         raise click.ClickException("--compare=True is for a student; for a teacher, choose a --solver")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
-    teacher.compute_dtype = model.compute_dtype
+    teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
     # Without AFS, so many timestamps give the evaluations of the student.
-    same = student.nfe + 1
+    same = len(student.sigmas) - student.afs
+    rate = student.guidance_rate
     rows = [
-        ("teacher, Heun", SamplerOptions(denoise_to_zero=True)),
-        ("teacher, Euler", SamplerOptions(num_steps=same, solver="euler")),
-        ("teacher, DPM-Solver++", SamplerOptions(num_steps=same, solver="dpmpp")),
-        ("teacher, DPM-Solver++", SamplerOptions(num_steps=6, solver="dpmpp")),
+        ("teacher, Heun", SamplerOptions(denoise_to_zero=True, guidance_rate=rate)),
+        ("teacher, Euler", SamplerOptions(num_steps=same, solver="euler", guidance_rate=rate)),
+        ("teacher, DPM-Solver++", SamplerOptions(num_steps=same, solver="dpmpp", guidance_rate=rate)),
+        ("teacher, DPM-Solver++", SamplerOptions(num_steps=6, solver="dpmpp", guidance_rate=rate)),
     ]
-    return [(name, teacher_sampler(teacher, options)) for name, options in rows] + [("student", student)]
+    samplers = [(name, teacher_sampler(teacher, options, student.prompts)) for name, options in rows]
+    return samplers + [("student", student)]

@@ -1,16 +1,20 @@
-"""The distillation step: recorded iterations, splitting, non-finite losses."""
+"""The distillation step: recorded iterations, splitting, LPIPS, non-finite losses."""
 
 from dataclasses import replace
 
+import click
 import pytest
 import torch
 from golden_files import Golden
+from test_lpips import make_lpips
 
+import models.lpips
 from models import EDMPrecond
 from models.loading import make_student
+from models.lpips import LPIPS
 from models.model import DiffusionModel, SamplingSettings
-from training.config import DistillConfig, follow_teacher
-from training.distill import Distiller, Teacher
+from training.config import DistillConfig, check, follow_teacher
+from training.distill import Distiller, Teacher, perceptual_loss
 
 GOLDEN = Golden("training_steps")
 #: As recommended: losses rtol 1e-4; states rtol 1e-4 of the largest value; parameters atol 2e-6 for 99.9 %, else 4·lr.
@@ -29,7 +33,7 @@ def teacher_model(run: dict) -> DiffusionModel:
     return model.eval().requires_grad_(False)
 
 
-def make_distiller(name: str, micro: int | None = None, **changes) -> Distiller:
+def make_distiller(name: str, micro: int | None = None, lpips: LPIPS | None = None, **changes) -> Distiller:
     run = GOLDEN.meta["runs"][name]
     own = {k: run[k] for k in run if k not in ("seq", "thr", "tk")}
     uses_threshold = run["sampler_tea"] == "dpmpp" and run.get("thr", True)
@@ -42,7 +46,7 @@ def make_distiller(name: str, micro: int | None = None, **changes) -> Distiller:
     student = make_student(source, sampling)
     # The reference starts its step-condition layers at random values, recorded with the network.
     student.net.load_state_dict({k: v for k, v in GOLDEN.weights("net").items() if k in student.net.state_dict()})
-    return Distiller(Teacher(source, config, sampling), student, config, micro or config.batch)
+    return Distiller(Teacher(source, config, sampling), student, config, micro or config.batch, lpips)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -85,6 +89,84 @@ def test_micro_batches_accumulate_to_the_same_weights():
         torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(whole.student.named_parameters(), split.student.parameters()):
         assert (a - b).abs().max() <= 1e-5, name
+
+
+def test_second_stage_with_lpips_equals_the_reference():
+    recorded = Golden("lpips")
+    lpips, values = make_lpips("reference"), []
+    lpips.register_forward_hook(lambda module, inputs, output: values.append(output.detach()))
+    distiller = make_distiller("stage2_v", lpips=lpips)
+    start = {k: v.clone() for k, v in distiller.student.net.named_parameters()}
+    teacher, student = distiller.iterate(GOLDEN["noise"][0], None, 3)
+    assert relative(teacher, recorded["stage2/teacher"]) < STATE
+    for i in range(2):
+        assert relative(student[i], recorded[f"stage2/student/step{i}"]) < STATE
+    assert len(values) == 1  # the first step has L1 alone
+    torch.testing.assert_close(values[0], recorded["stage2/lpips_last"], rtol=1e-3, atol=0)
+    expected = [recorded["stage2/l1/step0"], recorded["stage2/l1/step1"] + 192 * recorded["stage2/lpips_last"].mean()]
+    found = [v for k, v in sorted(distiller.losses.flush().items())]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(expected), rtol=1e-3, atol=0)
+    name = "model.dec.8x8_aux_conv.weight"
+    param = dict(distiller.student.net.named_parameters())[name]
+    assert relative(param.grad, recorded[f"stage2/grad/{name}"]) < 1e-3
+    errors, lr = (param.detach() - recorded[f"stage2/param/{name}"]).abs(), distiller.config.lr
+    assert (errors < PARAM).float().mean() >= 0.999 and errors.max() <= 4 * lr
+    assert (param - start[name]).abs().max() > lr / 2
+
+
+def last_gradient(distiller: Distiller, noise: torch.Tensor) -> torch.Tensor:
+    """Of the last step of an iteration in which the weights stay, all parameters in one vector."""
+    distiller._update = lambda loss: None
+    distiller.iterate(noise, None, 3)
+    return torch.cat([p.grad.flatten() for p in distiller.trained if p.grad is not None])
+
+
+@pytest.mark.parametrize("mode", ["reference", "standard"])
+def test_lpips_does_not_depend_on_how_a_batch_is_split(mode, monkeypatch):
+    monkeypatch.setattr(models.lpips, "SIZE", 16)
+    noise, lpips = GOLDEN["noise"][0], make_lpips(mode)
+    whole, without = make_distiller("stage2_v", lpips=lpips), make_distiller("stage2_v")
+    expected, l1 = last_gradient(whole, noise), last_gradient(without, noise)
+    split = last_gradient(make_distiller("stage2_v", micro=1, lpips=lpips), noise)
+    halves = [make_distiller("stage2_v", lpips=lpips) for _ in range(2)]  # as two ranks, which average
+    ranks = sum(last_gradient(half, part) for half, part in zip(halves, noise.split(2))) / 2
+    # Poolings and ReLUs make the gradient jump where rounding decides, so single entries may differ.
+    lpips_part = (expected - l1).norm()
+    assert (split - expected).norm() < 0.05 * lpips_part and (ranks - expected).norm() < 0.05 * lpips_part
+    losses = [d.losses.flush()["loss/3/1"] for d in (whole, *halves, without)]
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-5)
+    assert losses[0] > 1.01 * losses[3] and lpips_part > 0.01 * l1.norm()
+
+
+def test_lpips_of_a_run():
+    config = DistillConfig("golden", num_steps=3, M=2, is_second_stage=True)
+    student = teacher_model({})
+    for changes in ({"is_second_stage": False}, {"lpips": "off"}):
+        assert perceptual_loss(replace(config, **changes), student) is None
+    latent = teacher_model({})
+    latent.latent = object()
+    assert perceptual_loss(config, latent) is None
+    with pytest.raises(click.ClickException, match="--lpips=standard compares images, and golden is distilled on lat"):
+        perceptual_loss(replace(config, lpips="standard"), latent)
+    student.net.img_channels = 4
+    with pytest.raises(click.ClickException, match="RGB or grey images, the model has 4 channels; use --lpips=off"):
+        perceptual_loss(config, student)
+
+
+def test_lpips_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFD_OFFLINE", "1")
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    config = DistillConfig("golden", num_steps=3, M=2, is_second_stage=True)
+    pattern = "weights-vgg16-lpips.pth is not there; get it from https://.*; --lpips=off trains without it"
+    with pytest.raises(click.ClickException, match=pattern):
+        perceptual_loss(config, teacher_model({}))
+
+
+def test_lpips_is_for_the_second_stage():
+    with pytest.raises(click.ClickException, match="--lpips=standard is a loss of the second stage"):
+        check(DistillConfig("golden", lpips="standard"))
+    check(DistillConfig("golden", num_steps=3, M=2, is_second_stage=True, lpips="standard"))
+    check(DistillConfig("golden", num_steps=3, M=2, is_second_stage=True))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -17,7 +17,8 @@ import pytest
 import requests
 
 from dnnlib import download
-from dnnlib.download import cache_dir, fetch
+from dnnlib.cli import offline_option
+from dnnlib.download import cache_dir, derive, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 4000  # about 1 MB: many chunks
@@ -99,6 +100,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def too_short(self, count):
         self.answer(Content_Length=len(BODY) - 1000)
+
+    def endless(self, count):
+        self.answer(Content_Length=10**17)
 
     def no_length(self, count):
         self.answer(length=False)
@@ -236,7 +240,7 @@ def test_published_checksum(server, dest, sha256):
 def test_wrong_body(server, dest, sha256):
     message = error_of([server.url + "wrong"], dest, sha256)
     assert f"{server.url}wrong: wrong content, its sha256 is {hashlib.sha256(OTHER).hexdigest()[:16]}" in message
-    assert message.endswith(f"put the file by hand at {dest}")
+    assert f"put the file by hand at {dest}, or let SFD_CACHE" in message
     assert only_files(dest) == [] and len(server.requests) == 1
     fetch([server.url + "wrong", server.url + "good"], dest, sha256)
     assert dest.read_bytes() == BODY
@@ -256,7 +260,7 @@ def test_changed_file_is_refused(server, dest):
 def test_first_use_is_compared_from_then_on(server, dest):
     fetch([server.url + "good"], dest)
     dest.unlink()
-    assert "wrong content" in error_of([server.url + "wrong"], dest)
+    assert f"recorded in {cache_dir() / 'checksums.json'}" in error_of([server.url + "wrong"], dest)
     fetch([server.url + "wrong", server.url + "redirect/good"], dest)
     assert dest.read_bytes() == BODY
 
@@ -302,6 +306,22 @@ def test_record_that_cannot_be_written(server, dest, monkeypatch, capsys):
     assert "cannot record the checksum" in capsys.readouterr().err
 
 
+def test_offline_flag_of_a_command(server, dest, monkeypatch):
+    monkeypatch.setenv("SFD_OFFLINE", "")  # so that it is restored
+
+    @click.command()
+    @offline_option
+    def command():
+        fetch([server.url + "good"], dest)
+
+    with pytest.raises(click.ClickException, match=f"offline, and {dest} is not there; get it from {server.url}good"):
+        command.main(["--offline"], standalone_mode=False)
+    assert os.environ["SFD_OFFLINE"] == "1" and not server.requests
+    monkeypatch.setenv("SFD_OFFLINE", "off")
+    command.main([], standalone_mode=False)
+    assert dest.read_bytes() == BODY
+
+
 @pytest.mark.parametrize("how", [dict(offline=True), dict(env="1"), dict(env="true")])
 def test_offline(server, dest, monkeypatch, how):
     if "env" in how:
@@ -313,22 +333,25 @@ def test_offline(server, dest, monkeypatch, how):
     assert fetch([server.url + "good"], dest) == dest
 
 
-def test_mirrors_in_order(server, dest):
+def test_mirrors_in_order(server, dest, capsys):
     fetch([server.url + path for path in ("missing", "forbidden", "good", "wrong")], dest)
     assert [path for path, *_ in server.requests] == ["/missing", "/forbidden", "/good"]
+    said = capsys.readouterr().err
+    assert f"{server.url}missing: 404 Not Found; trying the next address\n" in said and "forbidden: 403" in said
 
 
 def test_all_mirrors_fail(server, dest):
     message = error_of([server.url + "missing", server.url + "broken"], dest)
     assert f"{server.url}missing: 404 Not Found;" in message
     assert f"{server.url}broken: 500 Internal Server Error; gave up" in message
-    assert message.endswith(f"put the file by hand at {dest}")
+    assert f"put the file by hand at {dest}, or let SFD_CACHE" in message
     assert [path for path, *_ in server.requests] == ["/missing"] + ["/broken"] * download.ATTEMPTS
 
 
-def test_busy_server_is_asked_again(server, dest):
+def test_busy_server_is_asked_again(server, dest, capsys):
     fetch([server.url + "busy"], dest)
     assert dest.read_bytes() == BODY and len(server.requests) == 3
+    assert capsys.readouterr().err.count(f"{server.url}busy: 503 Service Unavailable; trying again\n") == 2
 
 
 @pytest.mark.parametrize("sha256", [None, SHA])
@@ -485,6 +508,21 @@ def test_redirect_to_an_unencrypted_address(server, dest, monkeypatch):
     assert dest.read_bytes() == BODY
 
 
+def test_redirect_by_way_of_an_unencrypted_address(dest):
+    """Where it ends says nothing about who sent one there."""
+    hops = [SimpleNamespace(url=url) for url in ("https://a/x", "http://b/x")]
+    head = requests.structures.CaseInsensitiveDict({"Content-Length": "5"})
+    dest.parent.mkdir(parents=True)
+    for history in (hops[:1], hops):
+        response = SimpleNamespace(status_code=200, headers=head, history=history, url="https://c/x", reason="")
+        part = download._Part(dest)
+        if history == hops:
+            with pytest.raises(download._Failed, match="unencrypted"):
+                download._begin("https://a/x", part, response, has_checksum=False)
+        else:
+            assert download._begin("https://a/x", part, response, has_checksum=False) == 5
+
+
 def test_nobody_there(dest):
     message = error_of(["http://127.0.0.1:9/net.pkl"], dest)
     assert "http://127.0.0.1:9/net.pkl: Connection refused" in message
@@ -514,6 +552,13 @@ def test_no_room(server, dest, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     message = error_of([server.url + "good"], dest)
     assert "GB needed" in message and "SFD_CACHE" in message
+
+
+def test_absurd_length_is_no_reason_to_give_up_other_mirrors(server, dest):
+    message = error_of([server.url + "endless"], dest)
+    assert "GB needed" in message and only_files(dest) == ["net.pkl.part.json"]
+    fetch([server.url + "endless", server.url + "good"], dest)
+    assert dest.read_bytes() == BODY and only_files(dest) == ["net.pkl"]
 
 
 def test_directory_that_cannot_be_made(server, tmp_path):
@@ -552,9 +597,38 @@ def test_processes_that_fetch_at_once_download_once(server, dest):
     assert len(server.requests) == 1 and dest.read_bytes() == BODY and errors[2] == ""
 
 
+def test_derived_file_is_made_once_and_verified(tmp_path):
+    dest, calls = tmp_path / "src" / "ldm" / "model.ckpt", []
+
+    def make():
+        calls.append(1)
+        dest.write_bytes(BODY)
+
+    threads = [threading.Thread(target=derive, args=(dest, make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1] and derive(dest, make) == dest and record()["ldm/model.ckpt"]["sha256"] == SHA
+    dest.write_bytes(OTHER)
+    with pytest.raises(click.ClickException, match="not the expected file.*recorded in"):
+        derive(dest, make)
+
+
+def test_derived_file_that_cannot_be_made(tmp_path):
+    dest = tmp_path / "src" / "model.ckpt"
+
+    def make():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(click.ClickException, match=f"cannot make {dest}: .*No space left on device; make"):
+        derive(dest, make)
+    assert not dest.exists()
+
+
 def test_waiting_is_announced(server, dest, capsys):
     dest.parent.mkdir(parents=True)
-    with download._locked(dest.with_name(".net.pkl.lock"), ""):
+    with download._locked(dest, "fetching"):
         other = threading.Thread(target=fetch, args=([server.url + "good"], dest))
         other.start()
         deadline = time.time() + 10

@@ -487,13 +487,21 @@ def test_second_stage_takes_a_run_number_a_folder_and_a_file(tmp_path, monkeypat
         ("seven", {"schedule_rho": 5}, r"--schedule_rho=5.*7"),
         ("seven", {"use_step_condition": True}, r"--use_step_condition=True, but --model_path has no step condition"),
         ("seven", {"dataset_name": "emoji32"}, r"distilled on tiny, not on --dataset_name=emoji32"),
-        ("seven", {"lpips": "standard"}, r"--lpips=standard"),
         ("second", {}, r"--model_path is itself a second-stage model"),
         ("second-variable", {}, r"--model_path is itself a second-stage model"),
     ],
 )
 def test_second_stage_refuses_what_contradicts_its_teacher(source, changes, pattern, tmp_path):
     second_stage(student(source), outdir=tmp_path / "x", **changes).refused(pattern)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("lpips", ["reference", "standard"])
+def test_second_stage_without_the_weights_of_lpips(tmp_path, monkeypatch, lpips):
+    monkeypatch.setenv("SFD_OFFLINE", "1")
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path / "src"))
+    result = second_stage(student("seven"), outdir=tmp_path / "x", lpips=lpips)
+    result.refused(r"weights-vgg16-lpips\.pth is not there; get it from https://.*; --lpips=off trains without it")
     assert not (tmp_path / "x").exists()
 
 

@@ -120,7 +120,7 @@ def _student(kind: str) -> Path:
 
 def known_as_tiny() -> Any:
     """Within this context, `tiny` is a data set of the registry, with the tiny teacher."""
-    return mock.patch.dict(ROWS, tiny=DatasetRow("tiny", "embedded", str(teacher()), 8))
+    return mock.patch.dict(ROWS, tiny=DatasetRow("tiny", "embedded", (str(teacher()),), 8))
 
 
 def second_stage(source: Path, *more: str, **changes: Any) -> Result:

@@ -1,6 +1,8 @@
-"""What an iteration starts from: noise and labels, equal for every way of splitting the batch."""
+"""What an iteration starts from: noise and labels or captions, equal for every way of splitting the batch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ def draw_labels(seed: int, iteration: int, batch: int, label_dim: int) -> Tensor
     if label_dim == 0:
         return None
     return one_hot(torch.randint(label_dim, [batch], generator=generator(seed, LABELS, iteration)), label_dim).float()
+
+
+def draw_captions(seed: int, iteration: int, batch: int, captions: Sequence[str]) -> list[str]:
+    """Captions of the whole batch, drawn evenly."""
+    return [captions[i] for i in torch.randint(len(captions), [batch], generator=generator(seed, LABELS, iteration))]
 
 
 def draw_num_steps(seed: int, iteration: int, choices: tuple[int, ...]) -> int:

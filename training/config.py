@@ -43,7 +43,7 @@ class DistillConfig:
     model_path: str | None = None
     lpips: str = "reference"
     guidance_type: str | None = None
-    guidance_rate: float = 1.0
+    guidance_rate: float | None = None
     dropout: float | None = None
     precision: str = "fp32"
     seed: int = 0
@@ -59,6 +59,22 @@ class DistillConfig:
         """The numbers of timestamps that iterations are drawn from."""
         variable = self.use_step_condition and not self.is_second_stage
         return VARIABLE_STEPS if variable else (self.num_steps,)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the teacher is conditioned on captions."""
+        return self.dataset_name in ROWS and ROWS[self.dataset_name].text
+
+    @property
+    def sampling_rate(self) -> float:
+        """Guidance rate of sampling, 1 for none; training has none. A text-conditioned teacher has its own."""
+        if not self.has_text or self.guidance_type == "uncond":
+            return 1.0
+        return ROWS[self.dataset_name].guidance_rate if self.guidance_rate is None else self.guidance_rate
+
+    def nfe(self, num_steps: int) -> int:
+        """Evaluations of the student's network per image; guidance doubles them."""
+        return (num_steps - 1 - self.afs) * (1 if self.sampling_rate == 1 else 2)
 
     def teacher_steps(self, num_steps: int) -> int:
         """Timestamps of the teacher: M more between every two of the student's."""
@@ -80,8 +96,9 @@ class DistillConfig:
             sigma_max=sigma_max,
             use_step_condition=self.use_step_condition,
             is_second_stage=self.is_second_stage,
-            guidance_type=self.guidance_type,
-            guidance_rate=self.guidance_rate,
+            # Where nothing is said, the teacher's own guidance is taken over once it is there.
+            guidance_type="cfg" if self.guidance_rate is not None and self.has_text else self.guidance_type,
+            guidance_rate=1.0 if self.guidance_type is self.guidance_rate is None else self.sampling_rate,
             teacher_path=None if self.is_second_stage else self.model_path,
         )
 
@@ -89,7 +106,7 @@ class DistillConfig:
         """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-desc]`, as run directories are called."""
         short = {"polynomial": "poly", "logsnr": "logsnr", "time_uniform": "uni", "discrete": "discrete"}
         schedule = short[self.schedule_type] + ("" if self.schedule_type == "logsnr" else f"{self.schedule_rho:g}")
-        steps, nfe = span(self.step_choices), span([s - 1 - self.afs for s in self.step_choices])
+        steps, nfe = span(self.step_choices), span([self.nfe(s) for s in self.step_choices])
         solver = "euler" if self.is_second_stage else self.sampler_tea
         parts = [self.dataset_name, steps, nfe, solver, str(self.M), schedule]
         return "-".join(parts + ["afs"] * self.afs + ([desc] if desc else []))
@@ -121,7 +138,7 @@ def teacher_name(dataset_name: str | None, model_path: str | None, is_second_sta
 def check(config: DistillConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded; one clear line for each."""
     for name in ("total_kimg", "lr", "schedule_rho", "guidance_rate"):
-        if not math.isfinite(getattr(config, name)):
+        if not math.isfinite(getattr(config, name) or 0):
             raise click.ClickException(f"--{name}={getattr(config, name)} is not a finite number; give one")
     smallest = 3 if config.afs else 2
     if config.num_steps < smallest:
@@ -132,15 +149,15 @@ def check(config: DistillConfig) -> None:
         raise click.ClickException(
             f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)"
         )
-    if config.guidance_type == "cfg":
+    if config.guidance_type == "cfg" and not config.has_text:
         raise click.ClickException(
             f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has no text"
         )
-    if config.guidance_type is None and config.guidance_rate != 1:
+    if config.guidance_rate not in (None, 1) and (not config.has_text or config.guidance_type == "uncond"):
         raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
-    if config.is_second_stage and config.lpips in ("reference", "standard"):
+    if config.lpips == "standard" and not config.is_second_stage:
         raise click.ClickException(
-            f"--lpips={config.lpips} needs the LPIPS network, which comes with the published teachers; use --lpips=off"
+            "--lpips=standard is a loss of the second stage; add --is_second_stage=True, or leave it out"
         )
     if config.use_step_condition and not config.is_second_stage and config.num_steps not in VARIABLE_STEPS:
         raise click.ClickException(
@@ -161,7 +178,7 @@ def describe(config: DistillConfig) -> str:
     """What a run would do, in a few lines for people."""
     solver = get_solver("euler" if config.is_second_stage else config.sampler_tea, config.max_order)
     choices = config.step_choices
-    nfes = [steps - 1 - config.afs for steps in choices]
+    nfes = [config.nfe(steps) for steps in choices]
     evaluations = [count_evaluations(solver, config.teacher_steps(steps)) for steps in choices]
     return (
         f"Run directory: 00000-{config.run_name()} (or the next free number)\n"

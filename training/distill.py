@@ -7,6 +7,11 @@ The student then walks the same timestamps by Euler steps from its *own* states,
 
 with x_{i+1} detached before the next step, so that it learns to repair the error it has made so far. With AFS, step 0
 needs no network and trains nothing.
+
+The second stage of a model in pixel space adds LPIPS on the last step. The published code adds the mean LPIPS of the
+batch to every element of |x_{N−1} − x̃_{N−1}| before the sum. That equals C·H·W · LPIPS(x_{N−1}, x̃_{N−1}) beside the L1
+norm of each sample, which does not depend on how a batch is split; in the mean over elements, both weigh the same.
+This weight, the customary one where first stages are trained (VQGAN), is used for both forms of LPIPS.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import click
 import torch
 from torch import Tensor
 
+from models.lpips import LPIPS, load_lpips
 from models.model import DiffusionModel, SamplingSettings
 from solvers import get_schedule, get_solver, solve
 from torch_utils import distributed
@@ -56,8 +63,33 @@ class Teacher:
         condition = None
         if self.config.is_second_stage:
             condition = replace(self.model.sampling, num_steps=len(sigmas)).step_condition
-        denoise = partial(self.model.denoise, class_labels=labels, step_condition=condition)
+        denoise = partial(self.model.denoise, step_condition=condition, **self.model.conditioning(labels))
         return solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
+
+
+def perceptual_loss(config: DistillConfig, student: DiffusionModel) -> LPIPS | None:
+    """What the last step of a run adds to L1: LPIPS in the second stage in pixel space; None for nothing.
+
+    Raises:
+        click.ClickException: its weights are not to be had, or the student's images are not RGB or grey.
+    """
+    if not config.is_second_stage or config.lpips == "off":
+        return None
+    if student.is_latent:
+        if config.lpips == "standard":
+            raise click.ClickException(
+                f"--lpips=standard compares images, and {student.dataset_name} is distilled on latents; leave it out"
+            )
+        return None
+    if student.img_channels not in (1, 3):
+        raise click.ClickException(
+            f"--lpips={config.lpips} compares RGB or grey images, the model has {student.img_channels} channels; "
+            "use --lpips=off"
+        )
+    try:
+        return load_lpips(config.lpips, next(student.parameters()).device)
+    except click.ClickException as error:
+        raise click.ClickException(f"{error.message}; --lpips=off trains without it") from None
 
 
 class Losses:
@@ -80,13 +112,25 @@ class Losses:
 class Distiller:
     """Student, teacher and optimizer; `iterate` processes one batch.
 
+    Args:
+        teacher, student, config: as the run has them.
+        micro: samples at a time.
+        lpips: what `perceptual_loss` gives for the run.
+
     Attributes:
         skipped: number of optimizer steps left out because the loss was not finite; a device tensor.
         losses: statistics since they were last flushed.
     """
 
-    def __init__(self, teacher: Teacher, student: DiffusionModel, config: DistillConfig, micro: int) -> None:
-        self.teacher, self.student, self.config, self.micro = teacher, student, config, micro
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: DiffusionModel,
+        config: DistillConfig,
+        micro: int,
+        lpips: LPIPS | None = None,
+    ) -> None:
+        self.teacher, self.student, self.config, self.micro, self.lpips = teacher, student, config, micro, lpips
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
@@ -100,7 +144,7 @@ class Distiller:
 
         Args:
             noise: standard normal `[local batch, C, H, W]`, on the device.
-            labels: one-hot `[local batch, label_dim]` or None.
+            labels: one-hot `[local batch, label_dim]`, text conditions `[local batch, tokens, width]`, or None.
             num_steps: the student's timestamps.
 
         Returns:
@@ -130,15 +174,18 @@ class Distiller:
     ) -> list[Tensor]:
         """One Euler step of every micro-batch, then one optimizer step; returns the detached new states."""
         analytical = sampling.afs and i == 0
+        lpips = self.lpips if i == sampling.num_steps - 2 else None
         local_batch = sum(len(x) for x in states)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         new_states = []
         for x, target, label in zip(states, targets, labels):
-            denoise = partial(self.student, class_labels=label, step_condition=sampling.step_condition)
+            denoise = partial(self.student, step_condition=sampling.step_condition, **self.student.conditioning(label))
             new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
             # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
             loss = (new - target).abs().sum() / local_batch
+            if lpips is not None:
+                loss = loss + lpips(new, target).sum() * (new[0].numel() / local_batch)
             if not analytical:
                 loss.backward()
             total += loss.detach()

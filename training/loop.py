@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration
 from models.loading import find_student, load_student, load_teacher, make_student, save_student
-from models.model import DiffusionModel
-from models.sampling import draw_latents, student_sampler
+from models.model import DiffusionModel, SamplingSettings
+from models.sampling import Prompts, captions_by_seed, draw_latents, student_sampler
 from torch_utils import distributed
 from torch_utils.checkpoint import save_state, usable_state
 from torch_utils.device import PRECISIONS
@@ -29,9 +29,9 @@ from torch_utils.images import draw_grid, save_picture, to_uint8
 from torch_utils.random import derive_seed
 
 from . import runs
-from .conditions import DROPOUT, INIT, draw_labels, draw_noise, draw_num_steps
+from .conditions import DROPOUT, INIT, draw_captions, draw_labels, draw_noise, draw_num_steps
 from .config import DistillConfig, follow_teacher, micro_batch, span
-from .distill import Distiller, Teacher
+from .distill import Distiller, Teacher, perceptual_loss
 from .runs import Intervals
 
 PICTURE_SEEDS = range(10)
@@ -50,7 +50,7 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
         config = follow_teacher(config, source.sampling)
     else:
         source = load_teacher(config.dataset_name, config.model_path, device)
-    sampling = config.sampling(source.sigma_min, source.sigma_max)
+    sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
     source.compute_dtype = PRECISIONS[config.precision]
     torch.manual_seed(derive_seed(config.seed, INIT))
     student = make_student(source, sampling)
@@ -63,14 +63,28 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
             teacher.sigmas(num_steps)
     except ValueError as error:
         raise click.ClickException(f"{source.dataset_name} cannot be distilled on this schedule: {error}") from None
+    if source.latent is not None:
+        source.latent.decoder()  # pictures need it, and a run should not end without them
     return config, teacher, student
 
 
-class Run:
-    """A distillation run in its directory; `train` takes it to its end."""
+def _with_guidance(sampling: SamplingSettings, source: DiffusionModel) -> SamplingSettings:
+    """A text-conditioned student is sampled with guidance, at its teacher's rate unless another one is given.
 
-    def __init__(self, run_dir: Path, distiller: Distiller, intervals: Intervals) -> None:
-        self.run_dir, self.distiller, self.intervals = run_dir, distiller, intervals
+    Teacher and student are trained without, as the paper's are.
+    """
+    if not source.has_text or sampling.guidance_type is not None:
+        return sampling
+    return replace(sampling, guidance_type="cfg", guidance_rate=source.guidance_rate)
+
+
+class Run:
+    """A distillation run in its directory; `train` takes it to its end. A text-conditioned model needs `prompts`."""
+
+    def __init__(
+        self, run_dir: Path, distiller: Distiller, intervals: Intervals, prompts: Prompts | None = None
+    ) -> None:
+        self.run_dir, self.distiller, self.intervals, self.prompts = run_dir, distiller, intervals, prompts
         self.config, self.teacher, self.student = distiller.config, distiller.teacher, distiller.student
         self.device = distiller.device
         self.is_first = distributed.rank() == 0
@@ -134,14 +148,22 @@ class Run:
         share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
         num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
         noise = self._to_device(draw_noise(config.seed, iteration, config.batch, self.student.shape)[share])
-        labels = draw_labels(config.seed, iteration, config.batch, self.student.label_dim)
-        labels = None if labels is None else self._to_device(labels[share])
+        given = self._draw_conditions(iteration, share)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, iteration, rank))
         for group in self.distiller.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.images)
-        self.distiller.iterate(noise, labels, num_steps)
+        self.distiller.iterate(noise, given, num_steps)
         self.images += config.batch
         self._watch_skips()
+
+    def _draw_conditions(self, iteration: int, share: slice) -> Tensor | None:
+        """One-hot labels or text conditions of this rank's share of a batch; None for neither."""
+        config = self.config
+        if self.student.has_text:
+            captions = draw_captions(config.seed, iteration, config.batch, self.prompts.texts)
+            return self.student.encode_text(captions[share])
+        labels = draw_labels(config.seed, iteration, config.batch, self.student.label_dim)
+        return None if labels is None else self._to_device(labels[share])
 
     def _to_device(self, value: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -217,16 +239,16 @@ class Run:
         save_picture(self._picture(), self.run_dir / runs.picture_name(self.images))
 
     def _picture(self) -> Image.Image:
-        x, labels = draw_latents(self.student, PICTURE_SEEDS)
+        x, given = draw_latents(self.student, PICTURE_SEEDS, prompts=self.prompts)
         if self._teacher_row is None:
-            final = self.teacher.trajectory(x, labels, max(self.config.step_choices))[-1]
+            final = self.teacher.trajectory(x, given, max(self.config.step_choices))[-1]
             self._teacher_row = to_uint8(self.student.decode(final))
         rows, names = [self._teacher_row], ["teacher"]
         for num_steps in self.config.step_choices:
-            sampler = student_sampler(self.student, num_steps)
-            rows.append(to_uint8(self.student.decode(sampler.run(x, labels))))
+            sampler = student_sampler(self.student, num_steps, guidance_rate=1)  # as it is trained
+            rows.append(to_uint8(self.student.decode(sampler.run(x, given))))
             names.append(f"student, NFE {sampler.nfe}")
-        return draw_grid(rows, names, scale=max(1, 64 // self.student.img_resolution))
+        return draw_grid(rows, names, scale=max(1, 64 // self._teacher_row.shape[1]))
 
     def save_state(self) -> None:
         """Everything that the rest of the run depends on, in one file."""
@@ -282,13 +304,21 @@ def train(
     resume: str = "auto",
     intervals: Intervals,
     batch_gpu: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Path:
-    """Run or continue a distillation; every rank calls it. Returns the run directory."""
+    """Run or continue a distillation; every rank calls it. Returns the run directory.
+
+    `batch_gpu` and `gradient_checkpointing` save memory and change nothing else.
+    """
     distributed.init(device)
     micro = micro_batch(config.batch, batch_gpu, distributed.world_size())
     full_config, teacher, student = load_models(config, device)
+    if gradient_checkpointing:
+        student.net.checkpoint_gradients()
+    prompts = captions_by_seed() if student.has_text else None
+    lpips = perceptual_loss(full_config, student)
     launch = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
-    launch |= {"torch": torch.__version__, **vars(intervals)}
+    launch |= {"gradient_checkpointing": gradient_checkpointing, "torch": torch.__version__, **vars(intervals)}
     held: TextIO | None = None
 
     def open_run() -> Path:
@@ -298,7 +328,7 @@ def train(
         return run_dir
 
     run_dir = distributed.on_first_rank(open_run)
-    run = Run(run_dir, Distiller(teacher, student, full_config, micro), intervals)
+    run = Run(run_dir, Distiller(teacher, student, full_config, micro, lpips), intervals, prompts)
     run.resume()
     run.train()
     run.log(f"Student: {run_dir / runs.snapshot_name(run.images)}")

@@ -1,0 +1,64 @@
+"""What a latent model needs beside its network: the first stage that makes images, and the text encoder.
+
+Both lie in the teacher's published file, a student's file holds its network alone. They are read when they are first
+needed, so a run that decodes nothing reads neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from .autoencoders import Autoencoder, load_autoencoder
+from .text import TextEncoder
+
+FIRST_STAGE, TEXT = "first_stage_model.", "cond_stage_model."
+
+
+class LatentSpace:
+    """From latents to images, and from captions to conditions.
+
+    Args:
+        config: what `models/configs` says of the model: `first_stage` and, for a text-conditioned one, `text`.
+        read: gives the tensors of the published file, and the file. It is called once, when first needed.
+    """
+
+    def __init__(self, config: Mapping[str, Any], read: Callable[[], tuple[Mapping[str, Tensor], Path]]) -> None:
+        self._config, self._read = config, read
+        self._file: tuple[Mapping[str, Tensor], Path] | None = None
+        self._decoder: Autoencoder | None = None
+        self._text: TextEncoder | None = None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
+        # States are scaled to about unit variance, which the first stage knows nothing of.
+        return self.decoder().to(latents.device).decode(latents / self._config["first_stage"]["scale_factor"])
+
+    def decoder(self) -> Autoencoder:
+        """The first stage. Who decodes at the end of a long run asks for it at the start, to know that it is there."""
+        if self._decoder is None:
+            spec = {name: value for name, value in self._config["first_stage"].items() if name != "scale_factor"}
+            tensors, path = self._part(FIRST_STAGE)
+            self._decoder = load_autoencoder(spec, tensors, path)
+        return self._decoder
+
+    def encode_text(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Conditions `[len(prompts), tokens, width]`, float32 on `device`."""
+        if self._text is None:
+            tensors, path = self._part(TEXT)
+            self._text = TextEncoder(tensors, device, self._config.get("text"), source=path)
+        return self._text.encode(prompts).to(device)
+
+    def _part(self, prefix: str) -> tuple[dict[str, Tensor], Path]:
+        if self._file is None:
+            self._file = self._read()
+        tensors, path = self._file
+        part = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if not part:
+            raise click.ClickException(f"{path} holds no {prefix}* tensors; expected the complete published file")
+        return part, path

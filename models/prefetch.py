@@ -1,0 +1,87 @@
+"""Fetch published files ahead of their use: `python -m models.prefetch NAME…`, for machines that go offline later.
+
+A data set of the registry brings what its model needs besides. What is there already is verified, not fetched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import click
+
+from dnnlib import one_line_errors
+from dnnlib.cli import offline_option
+from dnnlib.download import cache_dir
+
+from .detectors import fetch_inception
+from .lpips import fetch_lpips
+from .registry import ROWS, fetch_captions, fetch_weights
+from .text import find_tokenizer
+
+#: What is no data set: from a name to what returns the files, or the directory with them.
+OTHERS: dict[str, Callable[[], Path | list[Path]]] = {
+    "inception": fetch_inception,
+    "lpips": fetch_lpips,
+    "captions": fetch_captions,
+    "tokenizer": find_tokenizer,
+}
+TEXT = ("tokenizer", "captions")
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Every name once, `all` and the companions of text-conditioned models spelled out."""
+    known = [*ROWS, *OTHERS]
+    unknown = [name for name in names if name not in (*known, "all")]
+    if unknown:
+        raise click.ClickException(f"unknown name {unknown[0]!r}; expected all, {', '.join(known)}")
+    wanted: dict[str, None] = {}
+    for name in known if "all" in names else names:
+        wanted.update(dict.fromkeys((name, *(TEXT if name in ROWS and ROWS[name].text else ()))))
+    return list(wanted)
+
+
+def prefetch(name: str) -> str:
+    """Make sure that the files of one name are there → what was done, in words."""
+    before = set(_files([cache_dir()]))
+    result = OTHERS[name]() if name in OTHERS else fetch_weights(ROWS[name])
+    paths = result if isinstance(result, list) else [result]
+    files = _files(paths)
+    done = "fetched" if any(file not in before and file.is_relative_to(cache_dir()) for file in files) else "there"
+    size = sum(file.stat().st_size for file in files)
+    return f"{done}: {', '.join(map(str, paths))} ({size / 1e6:,.1f} MB)"
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """The files among `paths` and in directories among them; not those that downloads leave to lock."""
+    found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return [file for file in found if file.is_file() and not file.name.startswith(".")]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@offline_option
+def main(names: Sequence[str]) -> None:
+    """Fetch what NAME… needs, to ./src or the directory SFD_CACHE, and say what is there.
+
+    \b
+    A name is a data set of `python -m models.registry`, or one of
+      inception  the network of FID
+      lpips      the perceptual loss of the second stage
+      captions   of MS-COCO, for ms_coco
+      tokenizer  of the text encoder, for ms_coco
+      all        everything
+    """
+    missing = []
+    for name in expand(names):
+        try:
+            click.echo(f"{name}: {prefetch(name)}")
+        except click.ClickException as error:
+            click.echo(f"{name}: missing: {error.format_message()}", err=True)
+            missing.append(name)
+    if missing:
+        raise click.ClickException(f"not everything is there; missing: {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()

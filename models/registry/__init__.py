@@ -1,0 +1,160 @@
+"""The data sets this program knows: one frozen row per `dataset_name`. `python -m models.registry` prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.download import cache_dir, derive, fetch
+from torch_utils.archives import extract_member
+
+ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
+EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+LDM_URL = "https://ommer-lab.com/files/latent-diffusion"
+SD_FILE = "resolve/main/v1-5-pruned-emaonly.ckpt"
+#: 30,000 captions of MS-COCO's validation set of 2014, in the column `text`.
+CAPTIONS_URL = (
+    "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/MS-COCO_val2014_30k_captions.csv"
+)
+
+EDM: dict[str, Any] = dict(loader="edm", licence="CC BY-NC-SA 4.0", origin="EDM")
+LDM: dict[str, Any] = dict(loader="latent-diffusion", member="model.ckpt", codec="vq-f4", licence="MIT", origin="LDM")
+VQ_F4: dict[str, Any] = dict(resolution=256, latent_channels=3, latent_resolution=64, sigma_max=None)
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """A teacher: where its weights come from and what it expects.
+
+    Attributes:
+        name: the `dataset_name`.
+        loader: `embedded` (shipped with this program), `edm` (a pickle of NVlabs/edm), `consistency-models`,
+            `latent-diffusion`, `stable-diffusion`, or `file` (of the user).
+        sources: addresses of the same file, tried in order; of an embedded one its name under `assets/`.
+        resolution, channels: of the images.
+        member: the file wanted, if the source is a zip archive.
+        latent_channels, latent_resolution: what the network sees, where that is not pixels.
+        label_dim: number of classes, 0 for an unconditional model.
+        sigma_min, sigma_max: noise levels between which it is distilled and sampled; None is the model's own.
+        text: whether it is conditioned on captions.
+        guidance_rate: default of classifier-free guidance in sampling, 1 for none.
+        config: `models/configs/NAME.yaml` describes the networks; None where the file itself does.
+        codec: first stage between pixels and latents, `vq-f4` or `kl-f8`.
+        sha256: checksum of the file, where one is published.
+        licence, origin: of the weights.
+    """
+
+    name: str
+    loader: str
+    sources: tuple[str, ...]
+    resolution: int
+    channels: int = 3
+    label_dim: int = 0
+    sigma_min: float = 0.006
+    sigma_max: float | None = 80.0
+    member: str | None = None
+    latent_channels: int | None = None
+    latent_resolution: int | None = None
+    text: bool = False
+    guidance_rate: float = 1.0
+    config: str | None = None
+    codec: str | None = None
+    sha256: str | None = None
+    licence: str = "unknown"
+    origin: str = "file"
+
+    @property
+    def path(self) -> Path:
+        """Where the file is expected: as it was published, not yet unpacked."""
+        if self.loader == "embedded":
+            return ASSETS / self.sources[0]
+        return cache_dir() / self.name / self.sources[0].rsplit("/", 1)[-1]
+
+    @property
+    def weights_path(self) -> Path:
+        """Where the weights are, or will be once `path` is unpacked."""
+        return self.path if self.member is None else self.path.with_name(self.member)
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        DatasetRow(
+            "emoji32", "embedded", ("emoji32-teacher.safetensors",), 32, licence="OFL 1.1", origin="this project"
+        ),
+        DatasetRow("cifar10", sources=(f"{EDM_URL}/edm-cifar10-32x32-uncond-vp.pkl",), resolution=32,
+                   config="cifar10", **EDM),
+        DatasetRow("ffhq", sources=(f"{EDM_URL}/edm-ffhq-64x64-uncond-vp.pkl",), resolution=64, config="ffhq", **EDM),
+        DatasetRow("afhqv2", sources=(f"{EDM_URL}/edm-afhqv2-64x64-uncond-vp.pkl",), resolution=64,
+                   config="afhqv2", **EDM),
+        DatasetRow("imagenet64", sources=(f"{EDM_URL}/edm-imagenet-64x64-cond-adm.pkl",), resolution=64,
+                   label_dim=1000, config="imagenet64", **EDM),
+        DatasetRow(
+            "lsun_bedroom",
+            "consistency-models",
+            ("https://openaipublic.blob.core.windows.net/consistency/edm_bedroom256_ema.pt",),
+            256,
+            config="lsun_bedroom",
+            licence="MIT",
+            origin="Consistency Models",
+        ),
+        DatasetRow("lsun_bedroom_ldm", sources=(f"{LDM_URL}/lsun_bedrooms.zip",), config="lsun_bedroom_ldm",
+                   **LDM, **VQ_F4),
+        DatasetRow("ffhq_ldm", sources=(f"{LDM_URL}/ffhq.zip",), config="ffhq_ldm", **LDM, **VQ_F4),
+        DatasetRow(
+            "ms_coco",
+            "stable-diffusion",
+            (
+                f"https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/{SD_FILE}",
+                f"https://huggingface.co/runwayml/stable-diffusion-v1-5/{SD_FILE}",  # its first home
+            ),
+            512,
+            sigma_min=0.1,
+            sigma_max=None,
+            latent_channels=4,
+            latent_resolution=64,
+            text=True,
+            guidance_rate=7.5,
+            config="ms_coco",
+            codec="kl-f8",
+            sha256="cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
+            licence="CreativeML OpenRAIL-M",
+            origin="Stable Diffusion 1.5",
+        ),
+    )
+}  # fmt: skip
+
+
+def get_row(dataset_name: str) -> DatasetRow:
+    """The row of `dataset_name`, or one clear line with the names there are."""
+    if dataset_name not in ROWS:
+        raise click.ClickException(f"unknown dataset_name {dataset_name!r}; expected one of {', '.join(ROWS)}")
+    return ROWS[dataset_name]
+
+
+def fetch_weights(row: DatasetRow, offline: bool | None = None) -> Path:
+    """The file with a row's weights, verified; downloaded and unpacked once for all processes that ask.
+
+    Args:
+        row: of `ROWS`.
+        offline: never use the network; None asks `SFD_OFFLINE`.
+
+    Raises:
+        click.ClickException: the file is neither there nor to be had, or it is not the expected one.
+    """
+    if row.loader == "embedded":
+        return row.path
+    member = row.member
+    if member is None:
+        return fetch(row.sources, row.path, row.sha256, offline)
+    if not row.weights_path.exists():
+        fetch(row.sources, row.path, row.sha256, offline)
+    return derive(row.weights_path, lambda: extract_member(row.path, member, row.weights_path))
+
+
+def fetch_captions(offline: bool | None = None) -> Path:
+    """The captions that Stable Diffusion is trained and evaluated with: a CSV file whose column `text` has them."""
+    return fetch([CAPTIONS_URL], cache_dir() / "ms_coco" / CAPTIONS_URL.rsplit("/", 1)[1], offline=offline)

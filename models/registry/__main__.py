@@ -1,0 +1,105 @@
+"""Print what is known of every data set: `python -m models.registry [--json]`. Nothing is downloaded.
+
+Networks are built on the meta device, from `models/configs/`, so parameters and operations need no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dnnlib import format_count, one_line_errors
+from models.loading import build_on_meta
+from models.registry import ROWS, DatasetRow
+from models.text import VIT_L_14
+
+NOTES = """
+(in parentheses) what the network sees: latents of a first stage
+parameters       of the network: first stage and text encoder come on top
+GFLOPs           of one evaluation for one image, two operations for each multiply-add; guidance takes two evaluations
+sigma            noise levels between which models are distilled and sampled"""
+
+
+def measure(row: DatasetRow) -> dict[str, Any]:
+    """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = build_on_meta(row).eval()
+        parameters = sum(param.numel() for param in net.parameters())
+        shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
+        tokens = VIT_L_14["max_position_embeddings"]
+        text = {} if net.context_dim is None else {"condition": torch.empty(1, tokens, net.context_dim)}
+        net(torch.empty(shape), torch.empty(1), **text)
+    own_max = None if net.noise_schedule is None else net.noise_schedule.sigma_max
+    return {"parameters": parameters, "gflops": counter.get_total_flops() / 1e9, "own_sigma_max": own_max}
+
+
+def describe(row: DatasetRow) -> dict[str, Any]:
+    """Everything that the table shows, for JSON."""
+    measured = measure(row)
+    sigma_max = measured["own_sigma_max"] if row.sigma_max is None else row.sigma_max
+    return {
+        "name": row.name,
+        "source": row.origin,
+        "urls": [] if row.loader == "embedded" else list(row.sources),
+        "resolution": row.resolution,
+        "channels": row.channels,
+        "latent_resolution": row.latent_resolution,
+        "latent_channels": row.latent_channels,
+        "labels": row.label_dim,
+        "text": row.text,
+        "parameters": measured["parameters"],
+        "gflops": round(measured["gflops"], 2),
+        "sigma_min": row.sigma_min,
+        "sigma_max": round(sigma_max, 4),
+        "guidance_rate": row.guidance_rate,
+        "licence": row.licence,
+        "file": str(row.path),
+        "unpacked": None if row.member is None else str(row.weights_path),
+        "sha256": row.sha256,
+        "present": row.path.is_file() or row.weights_path.is_file(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Two lines a data set: aligned columns, and the file with its state."""
+    columns = ["name", "source", "resolution", "channels", "labels", "parameters", "GFLOPs", "sigma", "guidance"]
+    cells = [[*columns, "licence of the weights"]]
+    for row in rows:
+        resolution, channels = (
+            f"{row[size]} ({row[f'latent_{size}']})" if row[f"latent_{size}"] else str(row[size])
+            for size in ("resolution", "channels")
+        )
+        labels = "text" if row["text"] else str(row["labels"] or "–")
+        sigma = f"{row['sigma_min']:g}–{row['sigma_max']:.4g}"
+        guidance = f"{row['guidance_rate']:g}" if row["guidance_rate"] != 1 else "–"
+        size = [format_count(row["parameters"]), f"{row['gflops']:.1f}"]
+        cells.append([row["name"], row["source"], resolution, channels, labels, *size, sigma, guidance, row["licence"]])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    for i, row in enumerate(rows, start=1):
+        origin = "" if row["present"] or not row["urls"] else f", from {row['urls'][0]}"
+        lines[i] += f"\n    {'present' if row['present'] else 'missing'}: {_short(row['file'])}{origin}"
+    return "\n".join([*lines, NOTES])
+
+
+def _short(path: str) -> str:
+    """Relative to the current directory, where that says it without `..`."""
+    return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else path
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json", "as_json", help="Print JSON, with every field", is_flag=True)
+def main(as_json: bool) -> None:
+    """Print the data sets that this program knows, and which of their files are there."""
+    rows = [describe(row) for row in ROWS.values()]
+    click.echo(json.dumps(rows, indent=2) if as_json else table(rows))
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()
