@@ -12,14 +12,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import sample
-from dnnlib import one_line_errors
+from dnnlib import make_folder, one_line_errors
+from dnnlib.cli import offline_option
 from models.detectors import NAMES, Detector, load_detector
 from models.inception import RESIZES
+from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
 from torch_utils.features import FeatureSet, extract, write_arrays
 from torch_utils.frechet import frechet_distance, kernel_distance
+from training import comparison
 from training.evaluation import (
     REFERENCES,
     Extractor,
@@ -84,6 +87,7 @@ machine_options = options(
     click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
     click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
     click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME"),
+    offline_option,
     click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True),
 )
 record_options = options(
@@ -187,6 +191,7 @@ def main() -> None:
       python fid.py calc --images=samples/ --ref=cifar10
       python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
       torchrun --standalone --nproc_per_node=4 fid.py gen --model_path=0 --seeds=0-49999 --ref=cifar10
+      python fid.py compare --model_path=0 --ref=emoji32 --detector=efficientnet-lite0
     """
 
 
@@ -273,7 +278,6 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     extractor = open_extractor(opts, opts["features"])
     opened = open_sampler(model_path, opts["dataset_name"], choices, device, PRECISIONS[precision])
     opened.sampler.model.check_class(class_index)
-    opened.sampler.model.check_prompt(opts["prompt"])
     keep, moments = "kid" in opts["metrics"], "fid" in opts["metrics"]
     ref_path = distributed.on_first_rank(lambda: locate(ref))
     reference = extractor.reference(ref_path, keep, moments)
@@ -291,6 +295,55 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         sets = [FeatureSet.from_features(features, moments)]
     record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds), reference=ref)
     finish(sets, reference, ref_path, extractor, record, opts)
+
+
+@main.command()
+# What to compare.
+@click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
+@click.option("--seeds", help="Random seeds, one image each, for every sampler", metavar="LIST", default="0-1999",
+              callback=sample.parse_seeds)  # fmt: skip
+@click.option("--ref", help="Reference images or their features; emoji32 for those of this program", metavar="PATH",
+              required=True)  # fmt: skip
+@click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
+              type=click.IntRange(min=1), default=5)  # fmt: skip
+# Where to.
+@click.option("--outdir", help="Folder for metrics.jsonl, .md and .png; default: that of the student", metavar="DIR")
+# How.
+@detector_options
+@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
+# Machine.
+@machine_options
+def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir: str | None, **opts: Any) -> None:
+    """FID and PRDC of a student, its teacher and training-free solvers, for the same seeds: a table and a plot.
+
+    A second run of the same command computes only what is missing.
+    """
+    device = pick_device(opts["device"], distributed.local_rank())
+    precision = pick_precision(opts["precision"], device)
+    if len(seeds) <= nearest_k:
+        raise click.ClickException(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
+    place = Path(outdir) if outdir else find_student(model_path).parent
+    if opts["dry_run"]:
+        show_plan(model_path=model_path, seeds=len(seeds), ref=ref, outdir=str(place), detector=opts["detector"],
+                  precision=precision, device=str(device))  # fmt: skip
+        return
+    extractor = open_extractor(opts)
+    student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
+    rows = comparison.rows(student, precision)
+    distributed.on_first_rank(lambda: make_folder(place, "--outdir"))
+    ref_path = distributed.on_first_rank(lambda: locate(ref))
+    reference = extractor.reference(ref_path, keep=True)
+    facts = {"seeds": describe_seeds(seeds), "reference": ref, "reference_N": reference.count}
+    facts["reference_sha256"] = distributed.on_first_rank(lambda: fingerprint(ref_path))
+    results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl")
+
+    def show_all() -> None:
+        paths = comparison.write(results, place)
+        click.echo(paths[0].read_text(encoding="utf-8"))
+        click.echo("Wrote " + ", ".join(map(str, paths)))
+
+    distributed.on_first_rank(show_all)
+    distributed.shutdown()
 
 
 def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:

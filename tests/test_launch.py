@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import train
+from models.registry import ROWS
 
-PRESETS = [
-    "emoji32", "emoji32-v", "cifar10", "cifar10-v", "imagenet64", "imagenet64-v", "ffhq", "ffhq-v", "afhqv2", "afhqv2-v",
-]  # fmt: skip
+KINDS = {"": "2", "-3nfe": "3", "-4nfe": "4", "-5nfe": "5", "-v": "2to5", "-1nfe": "1"}
+PRESETS = {name + kind: nfe for name in ROWS for kind, nfe in KINDS.items()}
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def test_lists_every_preset_with_what_it_gives(launch):
     listed = {line.split()[0]: line for line in process.stdout.splitlines() if line.startswith("  ")}
     assert set(listed) == {"quickstart", "test", *PRESETS}
     assert "published FID 4.53" in listed["cifar10"] and all(len(line.split()) > 2 for line in listed.values())
+    assert "4.28/3.50/3.18/2.95" in listed["cifar10-v"] and "5.83" in listed["cifar10-1nfe"]
 
 
 def test_an_unknown_preset_is_one_line(launch):
@@ -48,16 +49,25 @@ def test_an_unknown_preset_is_one_line(launch):
     assert process.stderr == "Error: there is no preset 'cifar'; run 'bash launch.sh' for the list\n"
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_pass_a_dry_run(launch, name):
-    process, calls = launch(name, "--seed=7")
-    assert process.returncode == 0, process.stderr
-    script, *arguments = calls[-1].split()
-    assert script == "train.py" and arguments[-1] == "--seed=7"
-    result = CliRunner().invoke(train.main, [*arguments, "--dry-run"], catch_exceptions=False)
-    assert result.exit_code == 0 and '"seed": 7' in result.output
-    variable = name.endswith("-v")
-    assert f"NFE {'2to5' if variable else '2'};" in result.output
+@pytest.mark.parametrize("dataset_name", ROWS)
+def test_presets_pass_a_dry_run(launch, dataset_name):
+    for kind, nfe in KINDS.items():
+        source = ["--model_path=0"] if kind == "-1nfe" else []
+        process, calls = launch(dataset_name + kind, "--seed=7", *source)
+        assert process.returncode == 0, process.stderr
+        script, *arguments = calls[-1].split()
+        assert script == "train.py" and arguments[-1 - len(source)] == "--seed=7"
+        result = CliRunner().invoke(train.main, [*arguments, "--dry-run"], catch_exceptions=False)
+        assert result.exit_code == 0 and '"seed": 7' in result.output, result.output
+        # Guidance doubles the evaluations.
+        expected = "to".join(str(2 * int(n)) for n in nfe.split("to")) if dataset_name == "ms_coco" else nfe
+        assert f"NFE {expected};" in result.output
+
+
+def test_a_second_stage_says_what_it_needs(launch):
+    _, calls = launch("cifar10-1nfe")
+    result = CliRunner().invoke(train.main, [*calls[-1].split()[1:], "--dry-run"])
+    assert result.exit_code == 1 and "needs --model_path" in result.output
 
 
 def test_the_seed_command_is_the_preset(launch):
@@ -75,9 +85,9 @@ def test_several_processes_go_through_torchrun_without_a_fixed_port(launch):
 def test_quickstart_installs_then_trains_samples_and_names_its_files(launch):
     process, calls = launch("quickstart")
     assert process.returncode == 0
-    assert [c.split()[0] for c in calls if not c.startswith("-")] == ["train.py", "sample.py", "sample.py"]
-    assert any(c.startswith("-m pip install") and c.endswith("requirements.txt") for c in calls)
-    for name in ("grid.png", "compare.png", "compare.md", "stats.jsonl"):
+    assert [c.split()[0] for c in calls if not c.startswith("-")] == ["train.py", "sample.py", "sample.py", "fid.py"]
+    assert any(c.startswith("-m pip install") and c.endswith("requirements-eval.txt") for c in calls)
+    for name in ("grid.png", "compare.png", "compare.md", "metrics.png", "metrics.md", "stats.jsonl"):
         assert f"exps/quickstart/{name}" in process.stdout
 
 
