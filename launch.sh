@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Presets: `bash launch.sh` lists them, `bash launch.sh NAME [extra flags…]` runs one.
 #
+# `bash launch.sh arguments NAME` prints the arguments of train.py that a preset stands for.
+#
 # The number of processes is NPROC, else the number of visible GPUs, else 1. torchrun picks a free port.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -152,5 +154,6 @@ case "${1:-}" in
   "" | -h | --help) list ;;
   quickstart) shift; quickstart "$@" ;;
   test) shift; run_tests "$@" ;;
+  arguments) arguments_of "${2:?usage: bash launch.sh arguments NAME}" ;;
   *) train_preset "$@" ;;
 esac

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny import flags, invoke, known_as_tiny, run_ranks, student, teacher, write_images
+from tiny import ROOT, flags, invoke, known_as_tiny, run_ranks, student, teacher, write_images
 
 from prdc import compute_prdc
 from training import comparison
@@ -142,3 +143,15 @@ def test_bad_input_is_one_line(files, changes, words):
 
 def test_a_teacher_is_refused(files):
     invoke("fid", *arguments(files, model_path=teacher())).refused("expected the student")
+
+
+@pytest.mark.slow
+def test_a_short_run_of_the_preset_beats_training_free_solvers(tmp_path):
+    preset = subprocess.run(["bash", ROOT / "launch.sh", "arguments", "emoji32"], capture_output=True, text=True)
+    invoke("train", *preset.stdout.split(), "--total_kimg=1", "--outdir=run", "--nosubdir", "--device=cpu").ok()
+    detector = ["--detector=efficientnet-lite0", "--device=cpu"]
+    invoke("fid", "compare", "--model_path=run", "--ref=emoji32", "--seeds=0-399", *detector).ok()
+    found = {(r["label"], r["nfe"]): r["value"] for r in map(json.loads, open("run/metrics.jsonl", encoding="utf-8"))}
+    student, teacher = found["student", 2], found[comparison.BEST, 35]
+    solvers = [found[label, nfe] for label in ("Euler", "DPM-Solver++") for nfe in (2, 3)]
+    assert teacher < student < min(solvers)
