@@ -75,11 +75,13 @@ prepare() {
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1"
 }
 
-# The quantizer of the latent-diffusion autoencoders. Its package asks for torchvision and lightning, which it does not
-# need; only the command line can tell pip so.
-prepare_taming() {
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps taming-transformers-rom1504==0.0.6
+# Packages that ask for torchvision or lightning, and so for another torch, without needing them for what is used here.
+# Only the command line can tell pip so.
+prepare_alone() {
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "$@"
 }
+
+TAMING=taming-transformers-rom1504==0.0.6  # the quantizer of the latent-diffusion autoencoders
 
 processes() {
   if [[ -n "${NPROC:-}" ]]; then echo "$NPROC"; else
@@ -128,7 +130,7 @@ run_tests() {
   local only=(-m "not slow")
   [[ "${1:-}" = --slow ]] && { only=(); shift; }
   prepare tests/requirements.txt
-  prepare_taming
+  prepare_alone $TAMING pytorch-fid==0.3.0 torch-fidelity==0.4.0
   say "Tests"
   "$PYTHON" -m pytest -q "${only[@]}" "$@"
 }
@@ -145,7 +147,7 @@ train_preset() {
     exit 2
   fi
   prepare requirements.txt
-  [[ $name != *_ldm* ]] || prepare_taming
+  [[ $name != *_ldm* ]] || prepare_alone $TAMING einops
   # shellcheck disable=SC2086  # the arguments of a preset are words
   run train.py $arguments "$@"
 }

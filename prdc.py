@@ -37,7 +37,7 @@ def main() -> None:
     \b
     Examples:
       python prdc.py calc --images=samples/ --images_ref=cifar10-32x32.zip
-      torchrun --standalone --nproc_per_node=4 prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
+      torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
     """
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def close(found, expected):
         assert found[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), name
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def fast_type(request, monkeypatch):
+    """The type of the approximate distances, whatever this machine would choose."""
+    monkeypatch.setattr(manifold, "_fast_type", lambda device: request.param)
+    return request.param
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(manifold, "TILE", 16)
@@ -62,7 +70,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(manifold, "SPARE", 1)
 
 
-def test_equals_the_recorded_values():
+def test_equals_the_recorded_values(fast_type):
     found = compute_prdc(GOLDEN["features_real"], GOLDEN["features_fake"], nearest_k=5)
     assert found == {name: float(GOLDEN[f"prdc/k5/{name}"]) for name in NAMES}
 
@@ -75,33 +83,110 @@ def test_zero_rows_explain_what_the_reference_prints():
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_equals_brute_force(k, dtype, small_tiles):
+def test_equals_brute_force(k, dtype, small_tiles, fast_type):
     real, fake = (s.astype(dtype) for s in sets())
     close(compute_prdc(real, fake, k), brute_force(real, fake, k))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_ties_and_duplicates_are_exact(seed, n, m, dim, values):
     """On a grid of few points nearly every comparison is a tie."""
     rng = np.random.default_rng(seed)
     real, fake = (rng.integers(0, values + 1, [size, dim]).astype(np.float32) for size in (n, m))
     for k in {1, min(n, m) - 1}:
-        close(compute_prdc(real, fake, k), brute_force(real, fake, k))
+        for dtype in (torch.float32, torch.bfloat16):
+            with mock.patch.object(manifold, "_fast_type", lambda device, dtype=dtype: dtype):
+                close(compute_prdc(real, fake, k), brute_force(real, fake, k))
 
 
-def test_duplicates_in_tiles(small_tiles):
+def test_duplicates_in_tiles(small_tiles, fast_type):
     rng = np.random.default_rng(0)
     real = rng.integers(0, 3, [50, 3]).astype(np.float32)
     fake = np.concatenate([real[:30], real[:10]])
     close(compute_prdc(real, fake, 3), brute_force(real, fake, 3))
 
 
-def test_far_from_the_origin():
+def test_far_from_the_origin(fast_type):
     """Where |x|² is large, x² + y² − 2xy alone has no digits left in float32."""
     real, fake = sets()
     real, fake = real.astype(np.float64) + 1e4, fake.astype(np.float64) + 1e4
     close(compute_prdc(real, fake), brute_force(real, fake, 5))
+
+
+def clusters(count, dim, apart, rng):
+    """Small integers around two corners: all squared distances are exact in float64, many are equal."""
+    corner = rng.integers(0, 2, [count, 1]) * apart
+    return (rng.integers(0, 3, [count, dim]) + corner).astype(np.float32)
+
+
+@pytest.mark.parametrize("apart", [0, 16, 300, 2**13, 2**21])
+def test_small_clusters_far_apart(apart, small_tiles, fast_type):
+    """Centring does not help against this cancellation: products tell the clusters apart, but not their members."""
+    rng = np.random.default_rng(apart)
+    real, fake = clusters(70, 5, apart, rng), clusters(60, 5, apart, rng)
+    close(compute_prdc(real, fake, 3), brute_force(real, fake, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_differences_below_the_precision_of_float32(seed, small_tiles, fast_type):
+    """Squared distances such as 2²⁶ and 2²⁶ + 1 differ, and equal ones are equal."""
+    rng = np.random.default_rng(seed)
+
+    def points(count):
+        far = rng.choice([0, 2**12, 2**13], [count, 3])
+        return np.concatenate([far, rng.integers(0, 2, [count, 2])], axis=1).astype(np.float32)
+
+    real, fake = points(60), points(50)
+    for k in (1, 5, 20):
+        close(compute_prdc(real, fake, k), brute_force(real, fake, k))
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 2.0**-60, 2.0**60, 2.0**120])
+def test_no_scale_is_too_small_or_too_large(scale, fast_type):
+    """Squares of these are below or above what float32 can hold."""
+    real, fake = clusters(40, 4, 2, np.random.default_rng(0)), clusters(30, 4, 2, np.random.default_rng(1))
+    scaled = (real * np.float32(scale), fake * np.float32(scale))
+    close(compute_prdc(*scaled, 3), brute_force(real, fake, 3))
+
+
+def test_a_collapsed_set(small_tiles, fast_type):
+    real, _ = sets(60, 1, 4)
+    fake = np.repeat(real[:2], 25, axis=0)
+    close(compute_prdc(real, fake, 5), brute_force(real, fake, 5))
+    assert compute_prdc(fake, fake, 5) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+@pytest.mark.parametrize("dim", [7, 256, 700])
+def test_approximate_distances_keep_their_bound(dim, fast_type):
+    rng = np.random.default_rng(dim)
+    x = torch.from_numpy(rng.standard_normal([80, dim]) * np.exp(-np.arange(dim) / 50)).float()
+    x[40:] = x[:40] * 1.001  # nearly parallel: products are as large as they can be
+    centre = torch.zeros(dim, dtype=torch.float64)
+    copy = manifold._Points(x, centre, 0.25, torch.device("cpu")).copy(fast_type)
+    exact = (x.double()[:, None] - x.double()).square().sum(-1) / 16
+    error = (manifold._approximate(copy, copy, manifold._Workspace(x.device)) - exact).abs()
+    bound = manifold._bound(copy, copy)
+    assert bool((error <= bound).all())
+    assert bool((bound < 0.02 * (copy.squares[:, None] + copy.squares.max())).all())  # or nothing would be certain
+
+
+def test_float32_takes_over_where_bfloat16_leaves_too_much_open(small_tiles, monkeypatch):
+    used = []
+    approximate = manifold._approximate
+    monkeypatch.setattr(manifold, "_fast_type", lambda device: torch.bfloat16)
+    monkeypatch.setattr(manifold, "_approximate", lambda x, *rest: used.append(x.values.dtype) or approximate(x, *rest))
+    rng = np.random.default_rng(0)
+    compute_prdc(*(rng.standard_normal([100, 3]).astype(np.float32) * 10 for _ in range(2)), 2)
+    assert used.count(torch.float32) < used.count(torch.bfloat16)
+    used.clear()
+    compute_prdc(*(clusters(100, 8, 300, rng) for _ in range(2)), 2)
+    assert used.count(torch.float32) > used.count(torch.bfloat16)
+
+
+def test_bfloat16_is_for_processors_that_multiply_it_faster():
+    assert manifold._fast_type(torch.device("cuda")) == torch.float32
+    assert manifold._fast_type(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 def test_swapping_the_sets_swaps_precision_and_recall():
@@ -125,7 +210,7 @@ def test_metamorphic_properties():
     assert all(more[name] >= expected[name] for name in ("precision", "recall", "coverage"))
 
 
-def test_equals_the_published_package():
+def test_equals_the_published_package(fast_type):
     module = published_prdc()
     for n, m, dim in ((400, 300, 64), (150, 200, 2048)):
         real, fake = sets(n, m, dim)

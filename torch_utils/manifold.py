@@ -5,14 +5,22 @@ fake features in at least one real ball, recall the share of real ones in at lea
 number of real balls that hold a fake feature, divided by k; coverage is the share of real balls that hold one.
 Comparisons are strict: a feature on the surface is outside.
 
-Squared distances come from float32 matrix products in square tiles, with a bound on their rounding error. Where a
-comparison is closer than the bound, the distance is computed again from differences in float64, so that results are
-exact also for ties and duplicates, and the full matrix is never held. Within a set each pair is computed once.
+All features are centred and scaled together, and copied in a type that the machine multiplies fast: bfloat16 where a
+trial shows that it pays, else float32. Square tiles of squared distances |x|² + |y|² − 2 xy come from products of these
+copies (within a set each pair once), and the full matrix is never held. The copies stand for the features up to errors
+whose lengths are known, so each approximate distance has a bound on its error (`_bound`, which also covers the rounding
+of the products). The numbers are exact for this reason: comparisons that differ by more than the bound are certain, and
+all others, ties and duplicates among them, are made again with distances from differences in float64, added up in the
+same order for every pair. Where bfloat16 leaves too much open (small clusters far apart), float32 takes its place.
+Which type is used changes the time, not the result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+import time
+from dataclasses import dataclass, field
 
 import torch
 from numpy.typing import ArrayLike
@@ -21,69 +29,142 @@ from torch import Tensor
 #: Side of a tile of the distance matrix; a handful of arrays of this size are alive at a time.
 TILE = 2048
 #: Elements of the differences that are formed at a time; small enough for a cache.
-EXACT_BLOCK = 1 << 18
+EXACT_BLOCK = 1 << 17
 #: Candidates kept beyond the k nearest. Where more are too close to tell apart, all distances of the row are looked at.
-SPARE = 8
-#: Dimensions in one matrix product. Sums of few terms have a small bound, whatever order the library adds them in.
+SPARE = 24
+#: Dimensions in one float32 product. Sums of few terms have a small bound, whatever order the library adds them in.
 TERMS = 256
+#: Where more than one in so many pairs of a tile, or rows of a set, stay open, float32 is cheaper than deciding them.
+OPEN_PAIRS, OPEN_ROWS = 80, 2
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Rounded features `[N, D]` and, as float32 `[N]`: squared lengths of the features, lengths of the rounded ones and
+    of what rounding took away.
+    """
+
+    values: Tensor
+    squares: Tensor
+    lengths: Tensor
+    errors: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> _Copy:
+        return _Copy(self.values[rows], self.squares[rows], self.lengths[rows], self.errors[rows])
 
 
 @dataclass(frozen=True)
 class _Points:
-    """One set: the features as given, and a centred float32 copy with its squared norms `[N]`."""
+    """One set: the features as given, and copies of (features − centre) · scale."""
 
-    exact: Tensor
-    centred: Tensor
-    norms: Tensor
+    features: Tensor
+    centre: Tensor
+    scale: float
+    device: torch.device
+    copies: dict[torch.dtype, _Copy] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.exact)
+        return len(self.features)
+
+    def copy(self, dtype: torch.dtype) -> _Copy:
+        if dtype not in self.copies:
+            self.copies[dtype] = self._round(dtype)
+        return self.copies[dtype]
+
+    def _round(self, dtype: torch.dtype) -> _Copy:
+        values = torch.empty(self.features.shape, dtype=dtype, device=self.device)
+        squares, lengths, errors = torch.empty([3, len(self)], device=self.device)
+        for rows in _slices(len(self), 256):
+            block = (self.features[rows].to(self.device).double() - self.centre) * self.scale
+            values[rows] = block.to(dtype)
+            rounded = values[rows].double()
+            squares[rows], lengths[rows] = block.square().sum(1), rounded.square().sum(1).sqrt()
+            errors[rows] = rounded.sub_(block).square_().sum(1).sqrt()
+        return _Copy(values, squares, lengths, errors)
 
 
-def _prepare(features: Tensor, centre: Tensor, device: torch.device) -> _Points:
-    centred = torch.empty(features.shape, device=device)
-    norms = torch.empty(len(features), device=device)
-    for start in range(0, len(features), 256):
-        rows = slice(start, start + 256)
-        block = features[rows].to(device).double() - centre
-        centred[rows], norms[rows] = block.float(), block.square().sum(1).float()
-    return _Points(features, centred, norms)
+class _Workspace:
+    """Tiles by name, in memory that is used again: that the system clears fresh memory takes as long as filling it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory: dict[str, Tensor] = {}
+
+    def tile(self, name: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+        count = shape[0] * shape[1]
+        if name not in self.memory or len(self.memory[name]) < count:
+            self.memory[name] = torch.empty(count, dtype=dtype, device=self.device)
+        return self.memory[name][:count].view(shape)
 
 
-def _approximate(x: _Points, rows: slice | Tensor, y: _Points, columns: slice) -> Tensor:
-    """Squared distances of a tile in float32, up to `_bound`."""
-    distances = x.norms[rows, None] + y.norms[columns]
-    for start in range(0, x.centred.shape[1], TERMS):
+def _approximate(x: _Copy, y: _Copy, space: _Workspace) -> Tensor:
+    """Squared distances of a tile in float32, up to `_bound`; valid until the next call with this workspace."""
+    shape = len(x.squares), len(y.squares)
+    distances = torch.add(x.squares[:, None], y.squares, out=space.tile("distances", shape))
+    if x.values.dtype == torch.bfloat16:
+        product = torch.mm(x.values, y.values.T, out=space.tile("product", shape, torch.bfloat16))
+        return distances.sub_(product, alpha=2)
+    for start in range(0, x.values.shape[1], TERMS):
         terms = slice(start, start + TERMS)
-        distances.addmm_(x.centred[rows, terms], y.centred[columns, terms].T, alpha=-2)
+        distances.addmm_(x.values[:, terms], y.values[:, terms].T, alpha=-2)
     return distances
 
 
-def _bound(x: _Points, rows: slice | Tensor, y: _Points) -> Tensor:
-    """Largest error of `_approximate` in each row, `[rows, 1]`: (TERMS + 2 P + 16) u (|x|² + max |y|²), u = 2⁻²⁴.
+def _bound(x: _Copy, y: _Copy) -> Tensor:
+    """Largest error of `_approximate` in each row, `[rows, 1]`.
 
-    Each of the P products is off by at most TERMS u |xₚ| |yₚ| and each sum by u times its terms (to first order, and
-    2 |x| |y| ≤ |x|² + |y|²); the rest covers the rounding of norms and of centred features.
+    With x = a + e and y = b + f (rounded values and errors), |xy − ab| ≤ |a||f| + |e||b| + |e||f| (Cauchy-Schwarz). The
+    computed ab is off by at most T u |a||b| where T numbers are added up in float32 (u = 2⁻²⁴; counted twice, as units
+    for bfloat16 may round less well), and by 2⁻⁸ |ab| where the product is returned in bfloat16. The third part is the
+    rounding of squares, of limits, and of the sum of |x|², |y|² and P products; the last covers numbers that underflow,
+    features being scaled into ±1.
     """
-    products = -(-x.centred.shape[1] // TERMS)
-    return 1.01 * (TERMS + 2 * products + 16) * 2.0**-24 * (x.norms[rows, None] + y.norms.max())
+    dim, u = x.values.shape[1], 2.0**-24
+    narrow = x.values.dtype == torch.bfloat16
+    relative, products = (2 * dim * u + 2.0**-8, 1) if narrow else (2 * TERMS * u, -(-dim // TERMS))
+    a, e, b, f = x.lengths[:, None], x.errors[:, None], y.lengths.max(), y.errors.max()
+    rounding = (2 * products + 16) * u * (x.squares[:, None] + y.squares.max())
+    return 1.01 * (2 * (a * f + e * b + e * f) + 2 * relative * a * b + rounding) + 2.0**-100
 
 
 def _exact(x: _Points, y: _Points, i: Tensor, j: Tensor) -> Tensor:
-    """Squared distances of the pairs (i, j), float64, from differences."""
-    device = x.norms.device
-    step = max(EXACT_BLOCK // x.exact.shape[1], 1)
-    found = torch.empty(len(i), dtype=torch.float64, device=device)
-    for start in range(0, len(i), step):
-        part = slice(start, start + step)
-        a, b = x.exact[i[part].to(x.exact.device)], y.exact[j[part].to(y.exact.device)]
-        difference = a.to(device).double().sub_(b.to(device))
+    """Scaled squared distances of the pairs (i, j), float64, from differences."""
+    dim = x.features.shape[1]
+    step = max(EXACT_BLOCK // dim, 1)
+    given = [torch.empty([step, dim], dtype=s.features.dtype, device=s.features.device) for s in (x, y)]
+    wide = torch.empty([2, step, dim], dtype=torch.float64, device=x.device)
+    found = torch.empty(len(i), dtype=torch.float64, device=x.device)
+    for part in _slices(len(i), step):
+        count = part.stop - part.start
+        for s, index, block, double in zip((x, y), (i, j), given, wide):
+            torch.index_select(s.features, 0, index[part].to(block.device), out=block[:count])
+            double[:count] = block[:count]
+        difference = wide[0, :count].sub_(wide[1, :count])
         found[part] = difference.square_().sum(1)
-    return found
+    return found.mul_(x.scale**2)
 
 
-def _slices(count: int, step: int = TILE) -> list[slice]:
+def _slices(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+@functools.cache
+def _fast_type(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor has units for it, shown by a trial; float32 elsewhere, and on any GPU, where
+    libraries may add up bfloat16 products in bfloat16.
+    """
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones([256, 512], dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            matrix @ matrix.T
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if 2 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
 
 class _Nearest:
@@ -101,28 +182,46 @@ class _Nearest:
         self.indices[rows] = indices.gather(1, order)
 
 
-def _squared_radii(x: _Points, k: int) -> Tensor:
-    """Squared distance of each feature to its k-th neighbour, itself not counted: float64 `[N]`."""
-    device = x.norms.device
-    nearest = _Nearest(len(x), min(k + 1 + SPARE, len(x)), device)
-    slices = _slices(len(x))
+def _nearest(x: _Copy, keep: int) -> _Nearest:
+    nearest = _Nearest(len(x.squares), keep, x.squares.device)
+    space, slices = _Workspace(x.squares.device), _slices(len(x.squares), TILE)
     for a, rows in enumerate(slices):
         for columns in slices[a:]:
-            tile = _approximate(x, rows, x, columns)
+            tile = _approximate(x[rows], x[columns], space)
             nearest.add(rows, tile, columns.start)
             if columns is not rows:
-                nearest.add(columns, tile.T.contiguous(), rows.start)
+                nearest.add(columns, space.tile("transposed", tile.T.shape).copy_(tile.T), rows.start)
+    return nearest
+
+
+def _squared_radii(x: _Points, k: int, dtype: torch.dtype) -> Tensor:
+    """Scaled squared distance of each feature to its k-th neighbour, itself not counted: float64 `[N]`."""
+    copy = x.copy(dtype)
+    nearest = _nearest(copy, min(k + 1 + SPARE, len(x)))
     # Every one of the k + 1 nearest is within two errors of the approximate (k + 1)-th.
-    limits = nearest.values[:, k, None] + 2 * _bound(x, slice(None), x)
-    i, column = (nearest.values <= limits).nonzero(as_tuple=True)
+    near = nearest.values <= nearest.values[:, k, None] + 2 * _bound(copy, copy)
+    complete = near.shape[1] == len(x)
+    crowded = near.all(1) & (not complete)
+    if dtype != torch.float32 and int(crowded.sum()) * OPEN_ROWS > len(x):
+        return _squared_radii(x, k, torch.float32)
+    i, column = near.nonzero(as_tuple=True)
     radii = _select(i, _exact(x, x, i, nearest.indices[i, column]), k, len(x))
-    if nearest.values.shape[1] < len(x):
-        crowded = (nearest.values[:, -1] <= limits[:, 0]).nonzero()[:, 0]
-        for part in crowded.split(TILE // 8):
-            close = torch.cat([_approximate(x, part, x, columns) <= limits[part] for columns in slices], dim=1)
-            i, j = close.nonzero(as_tuple=True)
-            radii[part] = _select(i, _exact(x, x, part[i], j), k, len(part))
+    for rows in crowded.nonzero()[:, 0].split(TILE // 8):
+        i, j = _all_near(x, rows, k, dtype)
+        radii[rows] = _select(i, _exact(x, x, rows[i], j), k, len(rows))
     return radii
+
+
+def _all_near(x: _Points, rows: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pairs (position in `rows`, index) among which are the k + 1 nearest of each row."""
+    copy = x.copy(dtype)
+    part = copy[rows]
+    distances = _approximate(part, copy, _Workspace(x.device))
+    nearest = distances.topk(k + 1, dim=1, largest=False).values
+    i, j = (distances <= nearest[:, k, None] + 2 * _bound(part, copy)).nonzero(as_tuple=True)
+    if dtype != torch.float32 and (len(i) - nearest.numel()) * OPEN_PAIRS > distances.numel():
+        return _all_near(x, rows, k, torch.float32)
+    return i, j
 
 
 def _select(rows: Tensor, values: Tensor, k: int, count: int) -> Tensor:
@@ -133,44 +232,68 @@ def _select(rows: Tensor, values: Tensor, k: int, count: int) -> Tensor:
     return values[order][sizes.cumsum(0) - sizes + k]
 
 
-def _prdc(real: _Points, fake: _Points, nearest_k: int) -> dict[str, float]:
-    real_radii, fake_radii = _squared_radii(real, nearest_k), _squared_radii(fake, nearest_k)
-    device = real_radii.device
-    hits = torch.zeros(len(fake), dtype=torch.int64, device=device)  # real balls that hold each fake feature
-    covered, recalled = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
-    for rows in _slices(len(real)):
-        for columns in _slices(len(fake)):
-            tile = _Tile(real, rows, fake, columns)
-            i, j = tile.below(real_radii[rows, None])
-            hits[columns] += torch.bincount(j, minlength=columns.stop - columns.start)
-            covered[i + rows.start] = True
-            recalled[tile.below(fake_radii[None, columns])[0] + rows.start] = True
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs (i, j) of a tile: those certainly below their limits, and those within the error of them."""
+
+    sure: tuple[Tensor, Tensor]
+    open: tuple[Tensor, Tensor]
+
+
+def _compare(lower: Tensor, width: Tensor, limits: Tensor) -> _Pairs:
+    """Compare distances between `lower` and `lower + width` with limits: float64, one a row or one a column."""
+    middle, slack = limits.float(), limits.float() * 2.0**-22
+    i, j = (lower <= middle + slack).nonzero(as_tuple=True)
+    sure = lower[i, j] + width[i, 0] < (middle - slack).expand(lower.shape)[i, j]
+    return _Pairs((i[sure], j[sure]), (i[~sure], j[~sure]))
+
+
+class _Counts:
+    """What is known of the pairs of real and fake features, a tile at a time."""
+
+    def __init__(self, real: _Points, fake: _Points, real_radii: Tensor, fake_radii: Tensor) -> None:
+        self.real, self.fake, self.real_radii, self.fake_radii = real, fake, real_radii, fake_radii
+        self.hits = torch.zeros(len(fake), dtype=torch.int64, device=real.device)  # real balls that hold each fake one
+        self.covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+        self.recalled = self.covered.clone()
+        self.space = _Workspace(real.device)
+
+    def add(self, rows: slice, columns: slice, dtype: torch.dtype) -> None:
+        """Count the pairs of a tile."""
+        x, y = self.real.copy(dtype)[rows], self.fake.copy(dtype)[columns]
+        bound = _bound(x, y)
+        lower = _approximate(x, y, self.space).sub_(bound)
+        inside = _compare(lower, 2 * bound, self.real_radii[rows, None])
+        around = _compare(lower, 2 * bound, self.fake_radii[None, columns])
+        self.recalled[around.sure[0] + rows.start] = True
+        i, j = around.open[0] + rows.start, around.open[1] + columns.start
+        useful = ~self.recalled[i]  # one fake ball is enough
+        i, j = i[useful], j[useful]
+        if dtype != torch.float32 and (len(i) + len(inside.open[0])) * OPEN_PAIRS > lower.numel():
+            self.add(rows, columns, torch.float32)
+            return
+        self.recalled[i[_exact(self.real, self.fake, i, j) < self.fake_radii[j]]] = True
+        self._hit(inside.sure[0] + rows.start, inside.sure[1] + columns.start)
+        i, j = inside.open[0] + rows.start, inside.open[1] + columns.start
+        below = _exact(self.real, self.fake, i, j) < self.real_radii[i]
+        self._hit(i[below], j[below])
+
+    def _hit(self, i: Tensor, j: Tensor) -> None:
+        self.hits += torch.bincount(j, minlength=len(self.hits))
+        self.covered[i] = True
+
+
+def _prdc(real: _Points, fake: _Points, nearest_k: int, dtype: torch.dtype) -> dict[str, float]:
+    counts = _Counts(real, fake, *(_squared_radii(s, nearest_k, dtype) for s in (real, fake)))
+    for rows in _slices(len(real), TILE):
+        for columns in _slices(len(fake), TILE):
+            counts.add(rows, columns, dtype)
     return {
-        "precision": int((hits > 0).sum()) / len(fake),
-        "recall": int(recalled.sum()) / len(real),
-        "density": 1 / nearest_k * (int(hits.sum()) / len(fake)),
-        "coverage": int(covered.sum()) / len(real),
+        "precision": int((counts.hits > 0).sum()) / len(fake),
+        "recall": int(counts.recalled.sum()) / len(real),
+        "density": 1 / nearest_k * (int(counts.hits.sum()) / len(fake)),
+        "coverage": int(counts.covered.sum()) / len(real),
     }
-
-
-class _Tile:
-    """Squared distances of some features of `x` to some of `y`, for exact comparisons."""
-
-    def __init__(self, x: _Points, rows: slice, y: _Points, columns: slice) -> None:
-        self.x, self.rows, self.y, self.columns = x, rows, y, columns
-        self.approximate = _approximate(x, rows, y, columns)
-        self.bound = _bound(x, rows, y).max()
-
-    def below(self, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column indices of the squared distances below their limits (float64, one a row or one a column)."""
-        slack = self.bound + limits.float() * 2.0**-22
-        i, j = (self.approximate <= limits.float() + slack).nonzero(as_tuple=True)
-        limits, slack = (t.expand(self.approximate.shape)[i, j] for t in (limits, slack))
-        keep = torch.ones(len(i), dtype=torch.bool, device=i.device)
-        unsure = (self.approximate[i, j] >= limits.float() - slack).nonzero()[:, 0]
-        exact = _exact(self.x, self.y, i[unsure] + self.rows.start, j[unsure] + self.columns.start)
-        keep[unsure] = exact < limits[unsure]
-        return i[keep], j[keep]
 
 
 @torch.no_grad()
@@ -195,7 +318,10 @@ def precision_recall_density_coverage(
         raise ValueError(f"feature sets are {[list(s.shape) for s in sets]}; expected [N, D] and [M, D]")
     if nearest_k < 1 or min(map(len, sets)) <= nearest_k:
         raise ValueError(f"nearest_k={nearest_k} needs at least {nearest_k + 1} features; got {[len(s) for s in sets]}")
-    if not all(bool(s.isfinite().all()) for s in sets):
+    largest = float(torch.stack([end.double() for s in sets for end in s.aminmax()]).abs().max())  # keeps nan
+    if not math.isfinite(largest):
         raise ValueError("features hold a number that is not finite")
     centre = sum(s.mean(0, dtype=torch.float64) for s in sets).to(device) / 2
-    return _prdc(*(_prepare(s, centre, device) for s in sets), nearest_k)
+    scale = 2.0 ** -(math.frexp(largest)[1] + 1)  # centred features are within ±1; exact, for it is a power of two
+    points = [_Points(s, centre, scale, device) for s in sets]
+    return _prdc(*points, nearest_k, _fast_type(device))
