@@ -45,8 +45,16 @@ def load(name: str, *unused: str) -> ModuleType:
         pytest.skip(f"pip install --no-deps {package.replace('_', '-')}")
     bare = ModuleType(package)
     bare.__path__ = list(spec.submodule_search_locations)
-    with mock.patch.dict(sys.modules, {package: bare, **{other: Unused(other) for other in unused}}):
+    stand_ins = {package: bare, **{other: Unused(other) for other in unused}}
+    before = {other: sys.modules.get(other) for other in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
         return importlib.import_module(name)
+    finally:  # only the stand-ins go: what the module imported for itself cannot be loaded twice
+        for other, module in before.items():
+            sys.modules.pop(other)
+            if module is not None:
+                sys.modules[other] = module
 
 
 def torch_fidelity(name: str) -> ModuleType:
