@@ -173,7 +173,7 @@ def test_message_comes_once_under_torchrun(tmp_path):
 def test_full_disk_is_one_line(tmp_path):
     (tmp_path / "x").mkdir()
     args = flags(SAMPLE, model_path=student(), seeds="0-3", outdir="x")
-    # Not even the options; the options, but no image. The limit holds for what is printed too.
+    # Not even the options; the options, but no image.
     for disk in (200, 260):
         run_ranks("sample", args, tmp_path, disk=disk).refused(r"[Ff]ile too large|x")
         assert not png_names(tmp_path / "x")

@@ -288,6 +288,8 @@ def start_ranks(
     """Start a script in `processes` forked processes; `disk` is the size that no file may exceed, as on a full disk."""
     Path(cwd).mkdir(parents=True, exist_ok=True)
     base = {"OMP_NUM_THREADS": str(threads)}
+    if disk is not None:
+        base["TQDM_DISABLE"] = "1"  # the limit holds for what is printed too, and slow machines print more progress
     if processes > 1:
         base |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
