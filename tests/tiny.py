@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dnnlib import one_line_errors
 from models.loading import network_spec
@@ -245,6 +246,7 @@ def _rank_main(script: str, args: list[str], env: dict[str, str], cwd: str, log:
     if kill is not None:
         _kill_at_call(*kill)
     if disk is not None:
+        tqdm.display = lambda *args, **kwargs: None  # the limit holds for the log too, which slow machines make longer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     sys.argv = [f"{script}.py", *args]
@@ -288,8 +290,6 @@ def start_ranks(
     """Start a script in `processes` forked processes; `disk` is the size that no file may exceed, as on a full disk."""
     Path(cwd).mkdir(parents=True, exist_ok=True)
     base = {"OMP_NUM_THREADS": str(threads)}
-    if disk is not None:
-        base["TQDM_DISABLE"] = "1"  # the limit holds for what is printed too, and slow machines print more progress
     if processes > 1:
         base |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
