@@ -21,6 +21,7 @@ from .unet_layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    arrange,
     kaiming_normal,
     kaiming_uniform,
     xavier_uniform,
@@ -240,6 +241,7 @@ class SongUNet(_UNet):
         skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
+        x = arrange(x)
         emb = _swap_halves(self.map_noise(noise_labels))
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels) * math.sqrt(self.map_label.in_features))
@@ -273,7 +275,7 @@ class SongUNet(_UNet):
             if "aux_up" in name:
                 image = block(image)
             elif "aux_norm" in name:
-                normed = F.silu(block(x))
+                normed = block(x, silu=True)
             elif "aux_conv" in name:
                 image = block(normed) if image is None else image + block(normed)
             else:
@@ -334,6 +336,7 @@ class DhariwalUNet(_UNet):
         skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
+        x = arrange(x)
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -352,7 +355,7 @@ class DhariwalUNet(_UNet):
             if x.shape[1] != block.in_channels:
                 x = torch.cat([x, _scaled(skips.pop(), next(scales))], dim=1)
             x = block(x, emb, step_emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, silu=True))
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

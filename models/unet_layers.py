@@ -7,10 +7,15 @@ and carries the noise level.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from torch_utils.device import fast_path
+
+from .channels_last import GroupNormFunction, is_channels_last
 
 Init = Callable[[Sequence[int], int, int], Tensor]
 
@@ -38,7 +43,34 @@ def zeros(shape: Sequence[int], fan_in: int, fan_out: int) -> Tensor:
 DEFAULT_INIT = kaiming_normal()
 
 
-class Linear(nn.Module):
+class Weighted(nn.Module):
+    """A layer with float32 `weight` and `bias`, either of which may be None, that computes in other dtypes."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    #: What `_weights` gave, for which parameters, and their state at that time.
+    _kept: tuple[list[Tensor | None], list[Tensor | None], tuple[Any, ...]] | None = None
+
+    def _weights(self, x: Tensor, gain: float = 1.0) -> list[Tensor | None]:
+        """Weight and bias times `gain`, in the dtype and memory order of `x`; kept where they are not trained."""
+        own = [self.weight, self.bias]
+        if not fast_path().keep_weights or any(p is not None and p.requires_grad for p in own):
+            return self._convert(x, gain)
+        # Changes in place count up the version; loading and moving a network can put other tensors in place.
+        versions = [(p._version, p.device) for p in own if p is not None]
+        state = (x.dtype, x.ndim == 4 and is_channels_last(x), gain, *versions)
+        if self._kept is None or self._kept[2] != state or any(a is not b for a, b in zip(self._kept[1], own)):
+            self._kept = (self._convert(x, gain), own, state)
+        return self._kept[0]
+
+    def _convert(self, x: Tensor, gain: float) -> list[Tensor | None]:
+        own = [None if p is None else (p if gain == 1 else p * gain).to(x.dtype) for p in (self.weight, self.bias)]
+        if own[0] is not None and own[0].ndim == x.ndim == 4 and is_channels_last(x):
+            own[0] = own[0].contiguous(memory_format=torch.channels_last)
+        return own
+
+
+class Linear(Weighted):
     """`x @ weight.T + bias` for `[B, in_features]`, with the initialisations that EDM uses."""
 
     def __init__(
@@ -56,10 +88,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(init_bias([out_features], in_features, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, *self._weights(x))
 
 
-class Conv2d(nn.Module):
+class Conv2d(Weighted):
     """Convolution with optional ×2 resampling; `kernel=0` resamples only.
 
     `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does.
@@ -100,22 +132,40 @@ class Conv2d(nn.Module):
         kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
 
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
+        return F.conv2d(x, *self._weights(x, gain), padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """The result times `gain`, for a layer with weights."""
         pad = 0 if self.weight is None else self.weight.shape[-1] // 2
         filter_pad = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
         if self.fused and self.weight is not None and (self.up or self.down):
             if self.up:
-                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0))
-            bias_free = F.conv2d(x, self.weight.to(x.dtype), padding=pad + filter_pad)
-            return self._downsample(bias_free, 0) + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0), gain)
+            weight, bias = self._weights(x, gain)
+            bias_free = F.conv2d(x, weight, padding=pad + filter_pad)
+            return self._downsample(bias_free, 0) + bias.reshape(1, -1, 1, 1)
+        if self.up and self._is_box and self.weight is not None and pad == 0 and fast_path().folding:
+            return self._upsample(self._convolve(x, 0, gain), 0)
         if self.up:
             x = self._upsample(x, filter_pad)
         if self.down:
             x = self._downsample(x, filter_pad)
-        return x if self.weight is None else self._convolve(x, pad)
+        return x if self.weight is None else self._convolve(x, pad, gain)
+
+
+class QKV(Conv2d):
+    """1×1 convolution to queries, keys and values: three blocks of channels, each in the order (head, channel).
+
+    The published weights have the order (head, channel, q/k/v). Softmax ignores what a key bias adds, so its gradient
+    is rounding noise, which Adam would turn into steps of full size: it gets none.
+    """
+
+    def _convert(self, x: Tensor, gain: float) -> list[Tensor | None]:
+        weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1) for p in super()._convert(x, gain))
+        q, k, v = bias
+        order = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        return [weight.flatten(0, 1).contiguous(memory_format=order), torch.cat([q, k.detach(), v])]
 
 
 def _outer_filter(resample_filter: Sequence[float]) -> Tensor:
@@ -134,8 +184,39 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(
+        self,
+        x: Tensor,
+        silu: bool = False,
+        shift: Tensor | None = None,
+        modulations: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Tensor:
+        """Normalise `x + shift`, then `· (1 + scale) + shift` for each of `modulations`, then SiLU if asked for.
+
+        Shifts and scales are `[B, channels]`, float32.
+        """
+        if fast_path().folding and is_channels_last(x):
+            weight, bias = self.weight, self.bias
+            for scale, offset in modulations:
+                weight, bias = weight * (scale + 1), torch.addcmul(offset, bias, scale + 1)
+            return GroupNormFunction.apply(x, weight, bias, shift, self.groups, self.eps, silu)
+        if shift is not None:
+            x = x + _spread(shift, x)
+        x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        for scale, offset in modulations:
+            x = torch.addcmul(_spread(offset, x), x, _spread(scale, x) + 1)
+        return F.silu(x) if silu else x
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Images in the memory order that the layers are fastest in on their device."""
+    fastest = x.device.type in fast_path().channels_last
+    return x.contiguous(memory_format=torch.channels_last if fastest else torch.contiguous_format)
+
+
+def _spread(value: Tensor, x: Tensor) -> Tensor:
+    """`[B, C]` in the dtype of the images `x`, to be broadcast over their pixels."""
+    return value[:, :, None, None].to(x.dtype)
 
 
 class PositionalEmbedding(nn.Module):
@@ -217,35 +298,41 @@ class UNetBlock(nn.Module):
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, eps)
             attention_bias = dict(init_bias=init_bias if init_attention is None else zeros)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, kernel=1, init=init_attention or init, **attention_bias)
+            self.qkv = QKV(out_channels, 3 * out_channels, kernel=1, init=init_attention or init, **attention_bias)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
-        residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(F.silu(self.norm0(x)))
-        x = self._modulate(x, emb, step_emb)
-        x = self.conv1(F.dropout(x, self.dropout, training=self.training))
-        x = (x + residual) * self.skip_scale
-        return (x + self._attend(self.norm2(x))) * self.skip_scale if self.num_heads else x
+        residual = x
+        gain = self.skip_scale if fast_path().folding else 1.0
+        if self.skip is not None:
+            residual = self.skip(x, gain)
+        h = self.conv0(self.norm0(x, silu=True))
+        h = self._modulate(h, emb, step_emb)
+        h = self.conv1(F.dropout(h, self.dropout, training=self.training), gain)
+        x = self._join(h, residual, self.skip is not None and self.skip.weight is not None)
+        return self._join(self._attend(self.norm2(x), gain), x) if self.num_heads else x
+
+    def _join(self, x: Tensor, residual: Tensor, scaled: bool = False) -> Tensor:
+        """(x + residual) · skip_scale, where with folding x has the factor already, and a `scaled` residual too."""
+        if not fast_path().folding:
+            return (x + residual) * self.skip_scale
+        return torch.add(x, residual, alpha=1.0 if scaled else self.skip_scale)
 
     def _modulate(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> Tensor:
         modulations = [self.affine(emb)] + ([] if step_emb is None else [self.affine_step(step_emb)])
-        modulations = [m[:, :, None, None].to(x.dtype) for m in modulations]
         if not self.adaptive_scale:
-            return F.silu(self.norm1(x + sum(modulations)))
-        x = self.norm1(x)
-        for modulation in modulations:
-            scale, shift = modulation.chunk(2, dim=1)
-            x = torch.addcmul(shift, x, scale + 1)
-        return F.silu(x)
+            return self.norm1(x, silu=True, shift=sum(modulations[1:], modulations[0]))
+        return self.norm1(x, silu=True, modulations=[m.chunk(2, dim=1) for m in modulations])
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, gain: float) -> Tensor:
         b, c, h, w = x.shape
-        # Published layout of the 3·C channels: head, then channel, then q/k/v. Softmax ignores what a key bias adds, so
-        # its gradient is rounding noise, which Adam would turn into steps of full size: it gets none.
-        bias = self.qkv.bias.reshape(-1, 3)
-        bias = torch.stack([bias[:, 0], bias[:, 1].detach(), bias[:, 2]], dim=1).flatten()
-        qkv = F.conv2d(x, self.qkv.weight.to(x.dtype), bias.to(x.dtype))
-        q, k, v = qkv.reshape(b, self.num_heads, c // self.num_heads, 3, h * w).unbind(3)
-        out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
-        return self.proj(out.transpose(2, 3).reshape(b, c, h, w))
+        split = (b, h * w, 3, self.num_heads, c // self.num_heads)
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(split)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if fast_path().sdpa:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = torch.einsum("bhqc,bhkc->bhqk", q.float(), k.float() / math.sqrt(q.shape[3]))
+            out = torch.einsum("bhqk,bhkc->bhqc", scores.softmax(3).to(v.dtype), v)
+        out = out.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return self.proj(arrange(out), gain)

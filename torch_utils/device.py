@@ -1,9 +1,62 @@
-"""Which device and which precision to compute with."""
+"""Which device, which precision and which of several ways to compute with."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Parameters of glibc's mallopt: sizes from which memory comes straight from the system, or goes back to it.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """Ways of computing the same numbers, up to rounding, in less time; docs/speed.md says what each is worth.
+
+    Attributes:
+        channels_last: devices on which the EDM networks keep the channels of a pixel side by side.
+        sdpa: fused attention, instead of two products and a softmax.
+        folding: constant factors and shifts go into weights and norms, 1×1 convolutions run at the lower resolution.
+        keep_weights: frozen layers keep their weights as they are used, instead of casting them in every forward.
+        fused_optimizer: one kernel for Adam.
+        no_waiting: statistics stay on the device, instead of a loss that is read and printed after every step.
+    """
+
+    channels_last: tuple[str, ...] = ("cpu",)
+    sdpa: bool = True
+    folding: bool = True
+    keep_weights: bool = True
+    fused_optimizer: bool = True
+    no_waiting: bool = True
+
+
+#: What the benchmark compares with, in float32: the customary way to write these networks and loops.
+PLAIN = FastPath((), False, False, False, False, False)
+# Not of a thread or context: gradient checkpointing computes layers again in autograd's own threads.
+_path = FastPath()
+
+
+def fast_path() -> FastPath:
+    """The ways of computing in use."""
+    return _path
+
+
+@contextmanager
+def use_path(path: FastPath) -> Iterator[None]:
+    """Compute in these ways within the context, in all threads."""
+    global _path
+    before, _path = _path, path
+    try:
+        yield
+    finally:
+        _path = before
 
 
 def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
@@ -33,7 +86,9 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
 
 
 def configure_backends(benchmark: bool = True) -> None:
-    """Let cuDNN time its algorithms, and keep float32 exact: no TF32, and no half-precision sums."""
+    """Set the process up: cuDNN times its algorithms, float32 is exact (no TF32, no half-precision sums), see below."""
+    share_cores()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -50,3 +105,37 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     # Emulated bf16 is slower than fp32, so the CPU must have the instructions.
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if device.type == "cpu" and native() else "fp32"
+
+
+def share_cores() -> int:
+    """Under torchrun, give this process its share of the cores, unless the user set `OMP_NUM_THREADS`.
+
+    torchrun sets it to 1 where the user did not, which leaves most of a workstation idle. Returns the threads of this
+    process.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and not _chose_threads():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> None:
+    """Under glibc, keep freed memory for the next tensor; the system clears every page that it hands out again."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the highest value that glibc takes
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _chose_threads() -> bool:
+    """Whether `OMP_NUM_THREADS` is the user's: another value than torchrun's, or in what torchrun was started with."""
+    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return True
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with.split(b"\0"))

@@ -28,6 +28,7 @@ from models.lpips import LPIPS, load_lpips
 from models.model import DiffusionModel, SamplingSettings
 from solvers import get_schedule, get_solver, solve
 from torch_utils import distributed
+from torch_utils.device import fast_path
 
 from .config import DistillConfig
 
@@ -99,6 +100,8 @@ class Losses:
         self._sums = torch.zeros([2, most_steps + 1, most_steps], device=device)
 
     def add(self, num_steps: int, step: int, loss: Tensor) -> None:
+        if not fast_path().no_waiting:
+            print(f"{num_steps} {step} {loss.item():.4f}")
         self._sums[0, num_steps, step] += loss
         self._sums[1, num_steps, step] += 1
 
@@ -134,7 +137,7 @@ class Distiller:
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
-        fused = self.device.type in ("cpu", "cuda")
+        fused = fast_path().fused_optimizer and self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         self.skipped = torch.zeros((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)

@@ -1,0 +1,330 @@
+"""How fast this program is on a device, and beside the customary way to write it: `python -m training.bench`.
+
+Networks have their published shapes and random weights, so nothing is downloaded. Every stage runs the code of
+`train.py` and `sample.py`. The baseline is the same code in float32 with every switch of `torch_utils.device.FastPath`
+off; its runs alternate with the fast ones, and the best of each counts. On the CPU, time is that of the processor over
+the threads, which other programs on the machine lengthen less than the clock's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib import format_count, make_folder, one_line_errors, write_text
+from models.autoencoders import AUTOENCODERS
+from models.inception import InceptionV3
+from models.latent import FIRST_STAGE, LatentSpace
+from models.loading import build_on_meta, make_student, read_config
+from models.model import DiffusionModel
+from models.registry import DatasetRow, get_row
+from models.sampling import CPU_BATCH, Sampler
+from solvers import get_solver
+from torch_utils.device import PLAIN, PRECISIONS, FastPath, configure_backends, pick_device, pick_precision, use_path
+from torch_utils.frechet import frechet_distance
+from torch_utils.images import to_uint8
+from torch_utils.manifold import precision_recall_density_coverage
+
+from .config import DistillConfig
+from .cost import TRAINED, Cost, fill_randomly, largest_micro_batch, matrix_peak, random_inputs, run_cost, timed
+from .distill import Distiller, Teacher
+
+#: Evaluations of the students that are sampled.
+NFES = (2, 3, 4, 5)
+FEATURES = 2048
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        stage: what is timed.
+        items: samples, images or features that one run processes.
+        flops: operations of one run as the network is written, 0 where they are not counted.
+        seconds, plain: of the best run, and of the baseline's.
+        memory: most memory during the stage, bytes; on the CPU since the start of the program.
+    """
+
+    stage: str
+    items: int
+    flops: float = 0.0
+    seconds: float = float("inf")
+    plain: float | None = None
+    memory: int = 0
+
+    def to_json(self, peak: float) -> dict[str, Any]:
+        rate = self.flops / self.seconds
+        return {
+            **asdict(self),
+            "per_second": self.items / self.seconds,
+            "tflops": rate / 1e12 if self.flops else None,
+            "share_of_peak": rate / peak if self.flops else None,
+            "ratio_to_plain": None if self.plain is None else self.plain / self.seconds,
+        }
+
+
+@dataclass
+class Side:
+    """Teacher and student of a data set, to be run in one way.
+
+    Attributes:
+        path, precision: the way.
+        actions: what is timed, by the name of its stage.
+    """
+
+    path: FastPath
+    precision: str
+    distiller: Distiller
+    samples: Tensor
+    given: Tensor | None
+    actions: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def run(self, stage: str) -> Any:
+        with use_path(self.path), contextlib.redirect_stdout(io.StringIO()):
+            return self.actions[stage]()
+
+
+def make_side(row: DatasetRow, config: DistillConfig, device: torch.device, path: FastPath, precision: str) -> Side:
+    """The published network of `row` with the same random weights for every side."""
+    net = build_on_meta(row).to_empty(device=device)
+    fill_randomly(net)
+    sigma_max = net.noise_schedule.sigma_max if row.sigma_max is None else row.sigma_max
+    teacher = DiffusionModel(net.eval().requires_grad_(False), row.name, row.sigma_min, sigma_max)
+    teacher.latent = None if row.codec is None else _random_latent_space(row)
+    config = replace(config, precision=precision)
+    sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
+    student = make_student(teacher, sampling)
+    teacher.compute_dtype = student.compute_dtype = PRECISIONS[precision]
+    with use_path(path):
+        distiller = Distiller(Teacher(teacher, config, sampling), student, config, config.batch)
+        distiller.micro = largest_micro_batch(distiller, config.batch)
+    torch.manual_seed(0)
+    inputs = random_inputs(net, config.batch, device)
+    side = Side(path, precision, distiller, inputs["x"], inputs.get("condition", inputs.get("class_labels")))
+    side.actions = _network_stages(side, config)
+    return side
+
+
+def _random_latent_space(row: DatasetRow) -> LatentSpace:
+    config = read_config(row.config)
+    spec = {name: value for name, value in config["first_stage"].items() if name not in ("class", "scale_factor")}
+    stage = AUTOENCODERS[config["first_stage"]["class"]](**spec)
+    fill_randomly(stage)
+    tensors = {FIRST_STAGE + name: tensor for name, tensor in stage.state_dict().items()}
+    return LatentSpace(config, lambda: (tensors, Path("random weights")))
+
+
+def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[], Any]]:
+    distiller, x, given = side.distiller, side.samples, side.given
+    steps, student = config.num_steps, distiller.student
+    sigmas = distiller.teacher.sigmas(steps)[:: config.M + 1]
+
+    def teach() -> None:
+        for part, conditions in _parts(x, given, distiller.micro):
+            distiller.teacher.trajectory(part * student.sigma_max, conditions, steps)
+
+    def step() -> None:
+        """The second step, the first one that is not analytical."""
+        student.train()
+        parts = _parts(x * float(sigmas[1]), given, distiller.micro)
+        states, conditions = [part for part, _ in parts], [part for _, part in parts]
+        distiller._step(1, states, states, conditions, sigmas[1:3], student.sampling)
+
+    def sample(nfe: int) -> None:
+        student.eval()
+        settings = replace(student.sampling, num_steps=nfe + 1 + config.afs)
+        sampler = Sampler(student, get_solver("euler"), settings.schedule(student.noise_schedule), settings.afs)
+        for part, conditions in _parts(x, given, CPU_BATCH if x.device.type == "cpu" else distiller.micro):
+            states = sampler.run(part * student.sigma_max, conditions)
+            if not student.is_latent:
+                to_uint8(states)
+
+    actions: dict[str, Callable[[], Any]] = {
+        "training iteration": lambda: distiller.iterate(x, given, steps),
+        "teacher trajectory": teach,
+        "student step": step,
+    }
+    actions |= {f"sampling, NFE {nfe}": partial(sample, nfe) for nfe in NFES}
+    if student.is_latent:
+        actions["decoding"] = lambda: student.decode(x[:4])
+    return actions
+
+
+def _parts(x: Tensor, given: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+    parts = x.split(size)
+    return list(zip(parts, [None] * len(parts) if given is None else given.split(size)))
+
+
+def _empty_row(stage: str, cost: Cost, batch: int) -> Row:
+    """The row of a stage of the networks, without times."""
+    evaluations = {
+        "training iteration": cost.teacher + TRAINED * cost.student,
+        "teacher trajectory": cost.teacher,
+        "student step": TRAINED,
+        "decoding": 0,
+    }
+    count = evaluations[stage] if stage in evaluations else int(stage.split()[-1])
+    return Row(stage, 4 if stage == "decoding" else batch, count * cost.flops * batch)
+
+
+def evaluation_stages(device: torch.device, quick: bool) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Features, Fréchet distance and PRDC on made-up data; the published detector with random weights."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, [2 if quick else 16, 3, 32, 32], dtype=np.uint8)).to(device)
+    detector = InceptionV3().eval().requires_grad_(False).to(device)
+    fill_randomly(detector)
+    dim, count = (64, 200) if quick else (FEATURES, 5000)
+    features = rng.standard_normal([2, count, dim]).astype(np.float32)
+    moments = [(f.mean(0, dtype=np.float64), np.cov(f, rowvar=False)) for f in features]
+    with torch.no_grad():
+        detector(images[:1])
+
+    def extract() -> None:
+        with torch.no_grad():
+            detector(images)
+
+    return {
+        "Inception features": (len(images), extract),
+        f"Fréchet distance, {dim} dimensions": (1, lambda: frechet_distance(*moments[0], *moments[1])),
+        f"PRDC of {count} features": (count, lambda: precision_recall_density_coverage(*features, device=device)),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU since the last call, on the CPU since the start of the program."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def measure_networks(fast: Side, plain: Side, cost: Cost, repeats: int, echo: Callable[[Row], None]) -> list[Row]:
+    """Both sides in turn, after one run of each to warm up."""
+    rows, device = [], fast.samples.device
+    for stage in fast.actions:
+        row = _empty_row(stage, cost, len(fast.samples))
+        times: dict[str, list[float]] = {"fast": [], "plain": []}
+        if not rows:  # the first stage runs everything that the others do
+            fast.run(stage)
+            plain.run(stage)
+        for _ in range(repeats):
+            peak_memory(device)
+            times["fast"].append(timed(partial(fast.run, stage), device))
+            row.memory = max(row.memory, peak_memory(device))
+            times["plain"].append(timed(partial(plain.run, stage), device))
+        row.seconds, row.plain = min(times["fast"]), min(times["plain"])
+        rows.append(row)
+        echo(row)
+    return rows
+
+
+def measure_switches(
+    row: DatasetRow, config: DistillConfig, device: torch.device, fast: Side, repeats: int
+) -> dict[str, float]:
+    """What each switch is worth: time of a training iteration without it over that with it."""
+    sides = {
+        f"without {f.name}": replace(fast.path, **{f.name: getattr(PLAIN, f.name)})
+        for f in fields(FastPath)
+        if getattr(PLAIN, f.name) != getattr(fast.path, f.name)
+    }
+    if device.type not in fast.path.channels_last:
+        sides[f"channels_last on {device.type}"] = replace(fast.path, channels_last=(device.type,))
+    ratios = {}
+    for name, path in sides.items():
+        other = make_side(row, config, device, path, fast.precision)
+        other.run("training iteration")
+        times = [
+            [timed(partial(side.run, "training iteration"), device) for side in (other, fast)] for _ in range(repeats)
+        ]
+        ratios[name] = min(t[0] for t in times) / min(t[1] for t in times)
+    return ratios
+
+
+def line(row: Row, peak: float) -> str:
+    """A row of the table."""
+    values = row.to_json(peak)
+    rate = f"{values['tflops']:9.3f} {100 * values['share_of_peak']:7.0f} %" if row.flops else f"{'':19s}"
+    ratio = "" if row.plain is None else f"{values['ratio_to_plain']:6.2f}×"
+    memory = f"{row.memory / 2**30:8.2f}" if row.memory else f"{'':8s}"
+    return f"{row.stage:33s} {row.seconds:9.3f} {values['per_second']:9.1f} {rate} {memory} {ratio}".rstrip()
+
+
+HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of peak':>9s} {'GiB':>8s} against plain"
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--dataset_name", help="Whose network to run, with random weights", metavar="NAME", default="emoji32")
+@click.option("--batch", help="Samples in a training iteration", type=click.IntRange(min=1), default=64)
+@click.option("--precision", help="Core of the fast networks; default by device", type=click.Choice(list(PRECISIONS)))
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest", metavar="NAME")
+@click.option("--repeats", help="Runs of each stage, of which the best counts", type=click.IntRange(min=1), default=3)
+@click.option("--switches", help="Also time a training iteration without each of the fast ways", is_flag=True)
+@click.option("--quick", help="One run of every stage, small evaluation stages", is_flag=True)
+@click.option("--json", "json_path", help="Write everything to this file too", metavar="FILE")
+def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
+    """Time training, sampling and evaluation on this device, beside a plain baseline.
+
+    \b
+    Examples:
+      python -m training.bench --dataset_name=emoji32
+      python -m training.bench --dataset_name=cifar10 --batch=128 --switches --json=cifar10.json
+    """
+    row = get_row(dataset_name)
+    if json_path is not None:
+        make_folder(Path(json_path).resolve().parent, "--json")
+    device = pick_device(opts["device"])
+    precision = pick_precision(opts["precision"], device)
+    configure_backends()
+    schedule = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
+    config = DistillConfig(dataset_name, batch=batch, precision=precision, **schedule)
+    repeats = 1 if opts["quick"] else opts["repeats"]
+    # On the CPU a product in float16 may be emulated, and takes for ever.
+    dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
+    peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
+    fast, plain = (make_side(row, config, device, *way) for way in ((FastPath(), precision), (PLAIN, "fp32")))
+    cost = run_cost(config, build_on_meta(row), fast.distiller.micro)
+    about = {
+        "dataset_name": dataset_name, "device": _device_name(device), "threads": torch.get_num_threads(),
+        "precision": precision, "batch": batch, "micro_batch": fast.distiller.micro, "repeats": repeats,
+        "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    click.echo(", ".join(f"{name} {value}" for name, value in about.items()))
+    rates = ", ".join(f"{name} {format_count(rate)}FLOP/s" for name, rate in peaks.items())
+    click.echo(f"matrix product: {rates}; one evaluation: {format_count(cost.flops)}FLOP\n\n{HEADER}")
+    rows = measure_networks(fast, plain, cost, repeats, lambda row: click.echo(line(row, peaks[precision])))
+    for stage, (items, action) in evaluation_stages(device, opts["quick"]).items():
+        rows.append(Row(stage, items, seconds=min(timed(action, device) for _ in range(repeats))))
+        click.echo(line(rows[-1], peaks[precision]))
+    switches = measure_switches(row, config, device, fast, repeats) if opts["switches"] else {}
+    for name, ratio in switches.items():
+        click.echo(f"{name}: {ratio:.2f}× the time of a training iteration")
+    if json_path is not None:
+        results = {"about": about, "matrix_peaks": peaks, "flops_per_evaluation": cost.flops}
+        results |= {"rows": [row.to_json(peaks[precision]) for row in rows], "switches": switches}
+        write_text(Path(json_path), json.dumps(results, indent=2))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()
