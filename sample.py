@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dnnlib import make_folder, one_line_errors, write_text
@@ -22,6 +25,8 @@ from torch_utils.image_writer import ImageWriter
 from torch_utils.images import draw_grid, save_picture, square_rows
 
 MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
+#: Height of a line of text in a picture, in pixels.
+LABEL = 16
 
 
 def parse_seeds(context: click.Context | None, param: click.Parameter | None, value: str) -> list[int]:
@@ -57,23 +62,43 @@ def sample_all(sampler: Sampler, seeds: list[int], class_index: int | None, batc
     return np.concatenate([sampler.images(seeds[i : i + batch], class_index) for i in range(0, len(seeds), batch)])
 
 
+def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[str], scale: int) -> Image.Image:
+    """Rows of uint8 images `[N, H, W, C]` with names on their left and above the columns."""
+    tiles = draw_grid(rows, scale=scale)
+    measure = ImageDraw.Draw(tiles).textlength
+    height, width = tiles.height // len(rows), tiles.width // max(len(row) for row in rows)
+    left, top = 8 + math.ceil(max(map(measure, names))), LABEL if columns else 0
+    sheet = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
+    sheet.paste(tiles, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for r, name in enumerate(names):
+        draw.text((4, top + r * height + (height - LABEL) // 2), name, fill="black")
+    for c, name in enumerate(columns):
+        draw.text((left + c * width + max(width - measure(name), 0) // 2, 1), name, fill="black")
+    return sheet
+
+
 def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
-    """All images in one picture, `grid.png`."""
+    """All images in one picture, `grid.png`; rows say which seeds they are of where there is room to."""
     images = sample_all(sampler, seeds, class_index, batch)
     make_folder(outdir, "--outdir")
-    save_picture(draw_grid(square_rows(images)), outdir / "grid.png")
+    rows = square_rows(images)
+    starts = range(0, len(seeds), len(rows[0]))
+    names = [f"{seeds[i]}–{seeds[min(i + len(rows[0]), len(seeds)) - 1]}" for i in starts]
+    picture = draw_sheet(rows, names, [], 1) if images.shape[1] >= LABEL else draw_grid(rows)
+    save_picture(picture, outdir / "grid.png")
     return outdir / "grid.png"
 
 
 def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
-    """One sheet for the same seeds, `compare.png`: rows are samplers; `compare.md` has distances to the first."""
+    """One sheet, `compare.png`: rows are samplers, columns seeds; `compare.md` has distances to the first row."""
     rows = comparison_rows(sampler)
     images = [sample_all(row, seeds, class_index, batch) for _, row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
     make_folder(outdir, "--outdir")
     labels = [f"{name}, NFE {row.nfe}" for name, row in rows]
     scale = max(1, 64 // images[0].shape[1])
-    save_picture(draw_grid(images, labels, scale), outdir / "compare.png")
+    save_picture(draw_sheet(images, labels, [str(seed) for seed in seeds], scale), outdir / "compare.png")
     lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
     lines += [
         f"| {name} | {row.nfe} | {distance:.4f} |" for (name, row), distance in zip(rows, distances, strict=False)

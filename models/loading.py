@@ -18,6 +18,7 @@ from torch_utils.archives import read_checkpoint
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 from torch_utils.edm_pickle import read_edm_pickle
 
+from .diffusers_folder import UNET, is_stable_diffusion, read_stable_diffusion
 from .guided_unet import GuidedUNet
 from .latent import FIRST_STAGE, TEXT, LatentSpace
 from .model import DiffusionModel, SamplingSettings
@@ -37,8 +38,8 @@ RANGES = {
     "img_resolution": (1, 1 << 14),
 }  # fmt: skip
 
-# How tensors are named in the files of latent diffusion: the network, and its moving average without any dot.
-RAW, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
+# How tensors of the moving average are named in the files of latent diffusion: without any dot of their own.
+EMA = "model_ema.diffusion_model"
 #: What they hold besides: counters of the moving average, and the noise schedule, which follows from the settings.
 IGNORED = {
     "model_ema.decay", "model_ema.num_updates", "betas", "alphas_cumprod", "alphas_cumprod_prev",
@@ -127,13 +128,17 @@ def load_teacher(
 
     Args:
         dataset_name: a name of `models.registry`; None with `model_path` for a model of one's own.
-        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, or a pickle of EDM's training.
+        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, or a pickle of EDM's training;
+            for a data set of Stable Diffusion also a folder of diffusers, or a checkpoint in the published layout.
         device: where to put it.
 
     Raises:
         click.ClickException: unknown name, unreadable file, or one that is not what it should be.
     """
-    if model_path is not None:
+    if model_path is not None and is_stable_diffusion(model_path):
+        row = _stable_diffusion_row(dataset_name, model_path)
+        net, latent = _read_registered(row, Path(model_path))
+    elif model_path is not None:
         net, name = _read_own_teacher(Path(model_path)), dataset_name or Path(model_path).stem
         latent = _latent_space(net, name, str(model_path))
         own = DatasetRow(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
@@ -148,10 +153,18 @@ def load_teacher(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _read_registered(row: DatasetRow) -> tuple[Precond, LatentSpace | None]:
+def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetRow:
+    names = [row.name for row in ROWS.values() if row.loader == "stable-diffusion"]
+    if dataset_name not in names:
+        raise click.ClickException(f"{model_path} is a Stable Diffusion model; give --dataset_name={names[0]} with it")
+    return ROWS[dataset_name]
+
+
+def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
+    """The model of a row: the published one, or one of the user's `own` in a published layout."""
     if row.loader in ("embedded", "edm"):
         return _read_own_teacher(fetch_weights(row)), None
-    config, (tensors, path) = read_config(row.config), _read_published(row)
+    config, (tensors, path) = read_config(row.config), read_published(row, own)
     if row.codec is None:
         return _published_network(config["network"], tensors, path), None
     others = (FIRST_STAGE, TEXT) if row.text else FIRST_STAGE
@@ -160,9 +173,24 @@ def _read_registered(row: DatasetRow) -> tuple[Precond, LatentSpace | None]:
     return net, LatentSpace(config, lambda: (rest, path))
 
 
-def _read_published(row: DatasetRow) -> tuple[dict[str, Tensor], Path]:
+def read_published(row: DatasetRow, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a row's published file under its names, and the file; or those of the user's `own` model."""
+    if own is not None:
+        return read_stable_diffusion(own, read_config(row.config)), own
     path = fetch_weights(row)
     return read_checkpoint(path), path
+
+
+def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:
+    """Where a student's first stage and text encoder are, if its teacher was a Stable Diffusion model of the user."""
+    path, row = sampling.teacher_path, ROWS.get(sampling.dataset_name)
+    if path is None or row is None or row.loader != "stable-diffusion":
+        return None
+    if not Path(path).exists():
+        raise click.ClickException(
+            f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed, put it back"
+        )
+    return Path(path) if is_stable_diffusion(path) else None
 
 
 def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Precond:
@@ -178,13 +206,13 @@ def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: P
     net = _describe_network(spec, str(path))
     expected = net.model.state_dict()
     averages = {name: EMA + name.replace(".", "") for name in expected}
-    published = {RAW + name: tensor for name, tensor in expected.items()}
+    published = {UNET + name: tensor for name, tensor in expected.items()}
     has_average = any(name.startswith(EMA) for name in tensors)
     if has_average:
         published |= {averages[name]: tensor for name, tensor in expected.items()}
     check_state_dict(published, {name: t for name, t in tensors.items() if name not in IGNORED}, path)
     _check_noise(net, tensors.get("alphas_cumprod"), path)
-    chosen = {name: tensors[averages[name] if has_average else RAW + name] for name in expected}
+    chosen = {name: tensors[averages[name] if has_average else UNET + name] for name in expected}
     net.model.load_state_dict(_float32(chosen), assign=True)
     return net
 
@@ -203,8 +231,8 @@ def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
-def _latent_space(net: Precond, dataset_name: str, source: str) -> LatentSpace | None:
-    """What a network in a latent space needs besides, from the published file of the data set it belongs to."""
+def _latent_space(net: Precond, dataset_name: str, source: str, own: Path | None = None) -> LatentSpace | None:
+    """What a network in a latent space needs besides, from the published file of its data set or the user's `own`."""
     if not isinstance(net, CFGPrecond):
         return None
     row, has_text = ROWS.get(dataset_name), net.context_dim is not None
@@ -215,7 +243,7 @@ def _latent_space(net: Precond, dataset_name: str, source: str) -> LatentSpace |
             f"{source} is a network for {kind}, which {dataset_name} does not have; "
             "expected one of a latent data set, whose published file decodes them"
         )
-    return LatentSpace(read_config(row.config), lambda: _read_published(row))
+    return LatentSpace(read_config(row.config), lambda: read_published(row, own))
 
 
 def _read_own_teacher(path: Path) -> Precond:
@@ -286,7 +314,8 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
         raise click.ClickException(
             f"{path} contradicts itself: its network and its settings differ in use_step_condition"
         )
-    model = _student_model(net, sampling, _latent_space(net, sampling.dataset_name, str(path)))
+    latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
+    model = _student_model(net, sampling, latent)
     try:
         sampling.schedule(model.noise_schedule)
     except ValueError as error:
@@ -305,7 +334,9 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
 
 
 def is_teacher_file(path: Path) -> bool:
-    """Whether a network file is a teacher: a pickle of EDM's training, or what `training.pretrain` writes."""
+    """Whether this is a teacher: Stable Diffusion, a pickle of EDM's training, or what `training.pretrain` writes."""
+    if is_stable_diffusion(path):
+        return True
     if path.suffix == ".pkl":
         return not is_reference_student(path)
     return read_settings(path).get("format") == "teacher"

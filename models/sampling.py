@@ -21,6 +21,7 @@ from solvers import Solver, count_evaluations, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
+from .diffusers_folder import folder_digest, is_stable_diffusion
 from .loading import find_student, is_teacher_file, load_student, load_teacher
 from .model import VARIABLE_STEPS, DiffusionModel
 from .registry import fetch_captions, get_row
@@ -244,7 +245,9 @@ def open_sampler(
         click.ClickException: whatever does not fit together.
     """
     is_registered = model_path == "teacher"
-    path = None if is_registered else find_student(model_path)
+    path = None if is_registered else Path(model_path)
+    if not (is_registered or is_stable_diffusion(path)):
+        path = find_student(path)
     if is_registered or is_teacher_file(path):
         if dataset_name is not None:
             get_row(dataset_name)
@@ -268,7 +271,7 @@ def open_sampler(
     if prompts is not None:
         texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
         identity |= {"guidance_rate": sampler.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
-    digest = None if path is None else sha256_of(path)
+    digest = None if path is None else folder_digest(path) if path.is_dir() else sha256_of(path)
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 

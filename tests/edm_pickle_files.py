@@ -46,10 +46,11 @@ def foreign_names() -> Iterator[dict[str, type]]:
     layers = "Conv2d Linear GroupNorm PositionalEmbedding FourierEmbedding"
     names = [*networks.split(), *layers.split()]
     classes = {name: type(name, (nn.Module,), {"__module__": "models.networks_edm"}) for name in names}
+    classes["QKV"] = classes["Conv2d"]  # ours alone; in published files it is a convolution
     easy_dict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
     contents = {
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
-        "models.networks_edm": {**classes, "torch": torch},
+        "models.networks_edm": {**{name: classes[name] for name in names}, "torch": torch},
         "dnnlib.util": {"EasyDict": easy_dict},
     }
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"

@@ -75,8 +75,8 @@ class EDMPickle:
 
     @property
     def is_student(self) -> bool:
-        """Whether the reference SFD code distilled it."""
-        return self.key == "model" and self.training_kwargs is not None
+        """Whether it was distilled: settings of such a training come with it."""
+        return self.training_kwargs is not None
 
 
 def read_edm_pickle(path: str | os.PathLike) -> EDMPickle:

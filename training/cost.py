@@ -27,7 +27,7 @@ from models.loading import build_on_meta, load_student, load_teacher
 from models.precond import Precond
 from models.registry import get_row
 from solvers import count_evaluations, get_solver
-from torch_utils.device import PRECISIONS
+from torch_utils.device import PLAIN, PRECISIONS, use_path
 
 from .config import DistillConfig, micro_batch
 from .distill import Distiller
@@ -60,9 +60,9 @@ def fill_randomly(module: nn.Module, seed: int = 0) -> None:
 
 
 def flops_per_evaluation(net: Precond) -> int:
-    """Operations of one evaluation for one sample; `net` may be on the meta device."""
+    """Operations of one evaluation for one sample, of the network as published; `net` may be on the meta device."""
     net = copy.deepcopy(net).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with use_path(PLAIN), FlopCounterMode(display=False) as counter, torch.no_grad():
         net(**random_inputs(net, 1, torch.device("meta")))
     return counter.get_total_flops()
 

@@ -18,6 +18,7 @@ from dnnlib import format_count, one_line_errors
 from models.loading import build_on_meta
 from models.registry import ROWS, DatasetRow
 from models.text import VIT_L_14
+from torch_utils.device import PLAIN, use_path
 
 NOTES = """
 (in parentheses) what the network sees: latents of a first stage
@@ -28,7 +29,7 @@ sigma            noise levels between which models are distilled and sampled"""
 
 def measure(row: DatasetRow) -> dict[str, Any]:
     """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), use_path(PLAIN), FlopCounterMode(display=False) as counter:
         net = build_on_meta(row).eval()
         parameters = sum(param.numel() for param in net.parameters())
         shape = (1, net.img_channels, net.img_resolution, net.img_resolution)

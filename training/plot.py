@@ -1,0 +1,323 @@
+"""Plots of runs: `python -m training.plot RUN…`. They need matplotlib, which nothing else does.
+
+Without a flag, the losses in `stats.jsonl`: one panel for every (num_steps, step), runs overlaid. `--trajectory` shows
+what they are the losses of: states of teacher and student from the same noise, projected on the plane in which the
+teacher's trajectories are widest (their first two principal components, as in the paper's figures; trajectories of the
+probability-flow ODE lie almost in a plane), beside the L1 distance between both at every student timestamp.
+`--fd` shows distances that `fid.py` recorded, against NFE or kimg.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from dnnlib import make_folder, one_line_errors, replacing
+from dnnlib.cli import offline_option
+from models.loading import RUNS_DIR, find_student, load_student, load_teacher
+from models.sampling import SamplerOptions, choose_prompts, draw_latents, student_sampler
+from solvers import solve
+from torch_utils.device import configure_backends, pick_device
+
+from .comparison import INSTALL_MATPLOTLIB, draw
+from .config import DistillConfig
+from .distill import Teacher
+from .runs import STATS, read_options
+
+LOSS = re.compile(r"loss/(\d+)/(\d+)")
+#: Where the name of a sampler or a folder of images tells the snapshot, in kimg.
+SNAPSHOT_IN = re.compile(r"network-snapshot-(\d+)")
+METRICS = "metrics.jsonl"
+PANEL = 3.2  # inches
+
+
+def need_matplotlib() -> Any:
+    """matplotlib's Figure, or one clear line; no pyplot, so no display and no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise click.ClickException(f"plots need matplotlib ({error}); run: {INSTALL_MATPLOTLIB}") from None
+    return Figure
+
+
+def open_figure(columns: int, rows: int = 1) -> Any:
+    """An empty figure for so many panels."""
+    return need_matplotlib()(figsize=(PANEL * 1.3 * max(columns, 2), PANEL * max(rows, 1.2)), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    make_folder(path.parent, "--dest")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
+    """The directory of a run: a path, or the number of a run under `./exps`."""
+    found = sorted(runs_dir.glob(f"{int(run):05d}-*")) if run.isdigit() and not Path(run).exists() else [Path(run)]
+    if not found or not found[0].is_dir():
+        raise click.ClickException(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
+    return found[0]
+
+
+def labels_of(places: Sequence[Path]) -> list[str]:
+    """Names of runs, or their paths where names would be the same."""
+    names = [place.name for place in places]
+    return names if len(set(names)) == len(names) else [str(place) for place in places]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line that was cut off when a process was killed is left out."""
+    if not path.is_file():
+        raise click.ClickException(f"{path} does not exist; there is nothing to plot yet")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise click.ClickException(f"{path}: line {number} is not JSON; remove it") from None
+    if not all(isinstance(record, dict) for record in found):
+        raise click.ClickException(f"{path} does not hold one JSON object in every line")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def read_losses(run_dir: Path) -> dict[tuple[int, int], tuple[list[float], list[float]]]:
+    """kimg and loss for every (num_steps, step) of a run's `stats.jsonl`; what was not finite is left out."""
+    curves: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
+    for record in read_lines(run_dir / STATS):
+        for name, value in record.items():
+            match = LOSS.fullmatch(name)
+            if match and value is not None:
+                kimg, losses = curves.setdefault((int(match[1]), int(match[2])), ([], []))
+                kimg.append(record["kimg"])
+                losses.append(value)
+    if not curves:
+        raise click.ClickException(f"{run_dir / STATS} holds no losses yet; a run writes them once in a --tick")
+    return dict(sorted(curves.items()))
+
+
+def draw_losses(run_dirs: Sequence[Path], dest: Path) -> None:
+    """A row of panels for every num_steps, a panel for every step; a line for every run."""
+    curves = dict(zip(labels_of(run_dirs), map(read_losses, run_dirs)))
+    keys = sorted({key for found in curves.values() for key in found})
+    rows = sorted({num_steps for num_steps, _ in keys})
+    columns = 1 + max(step for _, step in keys)
+    figure = open_figure(columns, len(rows))
+    panels = figure.subplots(len(rows), columns, squeeze=False, sharex=True)
+    for row, num_steps in zip(panels, rows):
+        for step, axes in enumerate(row):
+            axes.set_title(f"num_steps {num_steps}, step {step}", fontsize=10)
+            axes.grid(alpha=0.3)
+            for index, (label, found) in enumerate(curves.items()):
+                if (num_steps, step) in found:
+                    # Dots too, or a run of one status line would be invisible.
+                    axes.plot(*found[num_steps, step], ".-", color=f"C{index % 10}", label=label)
+            axes.set_visible(bool(axes.lines))
+    for axes in panels[-1]:
+        axes.set_xlabel("kimg")
+    for row in panels:
+        row[0].set_ylabel("loss")
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=7)
+    save_figure(figure, dest)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Trajectories
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What teacher and student make of the same noise.
+
+    Attributes:
+        teacher: states `[T, N, D]`, flat, at all of the teacher's timestamps.
+        student: states `[num_steps, N, D]`.
+        stride: every so many of the teacher's timestamps is the student's.
+        sigmas: the student's noise levels.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    stride: int
+    sigmas: Tensor
+
+    @property
+    def deviation(self) -> Tensor:
+        """Mean absolute difference at the student's timestamps, `[num_steps, N]`."""
+        return (self.student - self.teacher[:: self.stride]).abs().mean(2)
+
+    def plane(self, index: int) -> tuple[Tensor, Tensor]:
+        """One trajectory of each, `[T, 2]` and `[num_steps, 2]`, on the teacher's first two principal components.
+
+        Components have a sign that makes the start positive in the first and the widest point in the second.
+        """
+        states = self.teacher[:, index]
+        centre = states.mean(0)
+        basis = torch.linalg.svd(states - centre, full_matrices=False).Vh[:2]
+        teacher, student = ((s[:, index] - centre) @ basis.T for s in (self.teacher, self.student))
+        signs = torch.stack([teacher[0, 0].sign(), teacher[teacher[:, 1].abs().argmax(), 1].sign()])
+        return teacher * signs, student * signs
+
+
+@torch.no_grad()
+def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device) -> Trajectories:
+    """Trajectories of a run's teacher and newest student for seeds 0 to `count` − 1, without guidance, as trained."""
+    settings = read_options(run_dir)
+    if settings is None:
+        raise click.ClickException(f"{run_dir} holds no readable training options; expected the directory of a run")
+    student = load_student(find_student(run_dir), device)
+    config = DistillConfig(**settings)
+    sampler = student_sampler(student, num_steps, guidance_rate=1)
+    prompts = choose_prompts(student, SamplerOptions())
+    source = (
+        load_student(config.model_path, device)
+        if config.is_second_stage
+        else load_teacher(config.dataset_name, config.model_path, device)
+    )
+    teacher = Teacher(source, config, student.sampling)
+    x, given = draw_latents(student, range(count), prompts=prompts)
+    sigmas = teacher.sigmas(len(sampler.sigmas))
+    told = replace(source.sampling, num_steps=len(sigmas)).step_condition if config.is_second_stage else None
+    denoise = partial(source.denoise, step_condition=told, **source.conditioning(given))
+    dense = solve(teacher.solver, denoise, x, sigmas, teacher.afs)
+    denoise = partial(student.denoise, step_condition=sampler.step_condition, **student.conditioning(given))
+    sparse = solve(sampler.solver, denoise, x, sampler.sigmas, sampler.afs)
+    return Trajectories(dense.flatten(2).cpu(), sparse.flatten(2).cpu(), config.M + 1, sampler.sigmas)
+
+
+def draw_trajectories(trajectories: Trajectories, dest: Path) -> None:
+    """A panel for every seed, and one of deviations."""
+    count = trajectories.teacher.shape[1]
+    figure = open_figure(count + 1)
+    *planes, last = figure.subplots(1, count + 1)
+    for seed, axes in enumerate(planes):
+        teacher, student = trajectories.plane(seed)
+        axes.plot(*teacher.T, ".-", color="tab:gray", label="teacher")
+        axes.plot(*teacher[:: trajectories.stride].T, "o", color="tab:gray", fillstyle="none")
+        axes.plot(*student.T, "s--", color="tab:red", markersize=4, label="student")
+        axes.set_title(f"seed {seed}", fontsize=10)
+        axes.set_xlabel("first principal component")
+        axes.grid(alpha=0.3)
+    planes[0].set_ylabel("second principal component")
+    planes[0].legend(fontsize=8)
+    # All start from the same noise, so the first timestamp shows nothing.
+    deviation = trajectories.deviation[1:]
+    places = range(1, len(deviation) + 1)
+    for values in deviation.T:
+        last.plot(places, values, color="tab:red", alpha=0.3, linewidth=1)
+    last.plot(places, deviation.mean(1), "o-", color="tab:red")
+    last.set_xticks(list(places), [f"{sigma:.3g}" for sigma in trajectories.sigmas[1:].tolist()])
+    last.set_xlabel("noise level of the timestamp")
+    last.set_title("mean |student − teacher|", fontsize=10)
+    last.grid(alpha=0.3)
+    save_figure(figure, dest)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Fréchet distances
+
+
+def read_distances(places: Sequence[Path], by: str) -> list[dict[str, Any]]:
+    """Recorded results with a number of evaluations, or of a snapshot; the last of those that say the same."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for place, name in zip(places, labels_of(places)):
+        for record in read_lines(place / METRICS if place.is_dir() else place):
+            if by == "nfe" and "prdc" in record:
+                if record["label"] == "student" and len(places) > 1:
+                    record["label"] = f"student {name}"
+                found[_scale(record), record["label"], record["nfe"]] = record
+            elif by == "kimg" and (match := SNAPSHOT_IN.search(str(record.get("images")))):
+                series = record["images"][: match.start()].rstrip("-_/") or "student"
+                found[_scale(record), series, match[1]] = {**record, "series": series, "kimg": int(match[1])}
+    if not found:
+        source = "fid.py compare" if by == "nfe" else "fid.py gen or calc, of images named after a snapshot"
+        raise click.ClickException(f"no results by {by} in {', '.join(map(str, places))}; {source} writes them")
+    scales = {key[0] for key in found}
+    if len(scales) > 1:
+        shown = "; ".join(" of ".join(map(str, scale[:2])) for scale in sorted(scales, key=str))
+        raise click.ClickException(f"the results cannot be compared ({shown}, or other references); plot them apart")
+    return sorted(found.values(), key=lambda record: record[by])
+
+
+def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Results that share this can be compared."""
+    return record["metric"], record.get("N"), record.get("reference_sha256")
+
+
+def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> None:
+    """Against NFE as `fid.py compare` draws it, or against kimg with a line for every series of snapshots."""
+    if by == "nfe":
+        make_folder(dest.parent, "--dest")
+        draw(records, dest)
+        return
+    figure = open_figure(2)
+    axes = figure.subplots()
+    for series in dict.fromkeys(record["series"] for record in records):
+        points = [(record["kimg"], record["value"]) for record in records if record["series"] == series]
+        axes.plot(*zip(*points), "o-", label=series)
+    axes.set_xlabel("kimg")
+    axes.set_ylabel(records[0]["metric"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    save_figure(figure, dest)
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
+# What to draw instead of losses.
+@click.option("--trajectory", help="States of teacher and student of one run", is_flag=True)
+@click.option("--fd", help="Distances that fid.py recorded; RUN may be its metrics.jsonl too",
+              type=click.Choice(["nfe", "kimg"]))  # fmt: skip
+# Trajectories.
+@click.option("--num", help="Seeds, from 0 on", type=click.IntRange(1, 16), default=3)
+@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@offline_option
+# Where to.
+@click.option("--dest", help="PNG to write; default: losses.png, trajectory.png or fd-….png of the first RUN",
+              metavar="PNG", type=Path)  # fmt: skip
+def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | None, **opts: Any) -> None:
+    """Plot the losses of runs (directories, or numbers under ./exps), trajectories, or distances.
+
+    \b
+    Examples:
+      python -m training.plot 0 1
+      python -m training.plot 0 --trajectory
+      python -m training.plot exps/00000-emoji32-4-2-dpmpp-3-poly7-afs --fd=nfe
+    """
+    need_matplotlib()
+    if trajectory and (fd or len(runs) > 1):
+        raise click.ClickException("--trajectory is of one run, and no --fd; leave the rest out")
+    places = [Path(run) if fd and Path(run).is_file() else find_run(run) for run in runs]
+    folder = places[0] if places[0].is_dir() else places[0].parent
+    dest = dest or folder / (f"fd-{fd}.png" if fd else "trajectory.png" if trajectory else "losses.png")
+    if trajectory:
+        configure_backends()
+        found = trace(places[0], opts["num_steps"], opts["num"], pick_device(opts["device"]))
+        draw_trajectories(found, dest)
+        each = ", ".join(f"{value:.4g}" for value in found.deviation.mean(1).tolist())
+        click.echo(f"Mean |student − teacher| at each timestamp: {each}")
+    elif fd:
+        draw_distances(read_distances(places, fd), fd, dest)
+    else:
+        draw_losses(places, dest)
+    click.echo(f"Plot: {dest}")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()
