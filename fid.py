@@ -26,7 +26,7 @@ from training import comparison
 from training.evaluation import (
     REFERENCES,
     Extractor,
-    append_record,
+    append_records,
     fingerprint,
     locate,
     seeded_batches,
@@ -166,13 +166,16 @@ def finish(
 
     def work() -> None:
         facts = {"N": count, **record, "reference_sha256": fingerprint(ref_path), "reference_N": reference.count}
+        found = []
         for metric in opts["metrics"]:
             if metric == "fid" and count <= detector.dim:
                 say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
                     f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
             result = judge(sets, reference, metric, detector)
+            found.append({**result, **facts, "desc": opts["desc"], **detector.identity()})
+        for result in found:
             show(result)
-            append_record(opts["out"], {**result, **facts, "desc": opts["desc"], **detector.identity()})
+        append_records(opts["out"], found)
 
     distributed.on_first_rank(work)
     distributed.shutdown()

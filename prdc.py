@@ -13,7 +13,7 @@ from dnnlib import one_line_errors
 from fid import detector_options, machine_options, open_extractor, record_options, show_plan
 from torch_utils import distributed
 from torch_utils.manifold import precision_recall_density_coverage
-from training.evaluation import append_record, fingerprint, locate, split_blocks
+from training.evaluation import append_records, fingerprint, locate, split_blocks
 
 
 def compute_prdc(
@@ -83,7 +83,7 @@ def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **op
         facts = dict(metric="PRDC" if published else f"PRDC({extractor.detector.name})", value=values, N=fake.count,
                      images=images, seed=seed, nearest_k=nearest_k, reference=images_ref, reference_N=real.count,
                      reference_sha256=fingerprint(ref_path), desc=opts["desc"])  # fmt: skip
-        append_record(opts["out"], {**facts, **extractor.detector.identity()})
+        append_records(opts["out"], [{**facts, **extractor.detector.identity()}])
 
     distributed.on_first_rank(work)
     distributed.shutdown()

@@ -36,7 +36,7 @@ def parse_seeds(context: click.Context | None, param: click.Parameter | None, va
         match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
         first = int(match[1]) if match else 0
         last = int(match[2]) if match and match[2] else first
-        if not match or not first <= last <= MAX_SEED or last - first >= MAX_RANGE:
+        if not match or not first <= last <= MAX_SEED or len(seeds) + last - first >= MAX_RANGE:
             raise click.ClickException(
                 f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10"
             )

@@ -31,6 +31,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--nosubdir", help="Use --outdir itself as the run directory", is_flag=True)
 @click.option("--resume", help="auto: continue an unfinished run of the same settings; never; or a run directory or "
               "its training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
+@click.option("--resume-override", help="Let the run of --resume=PATH or --nosubdir go on with other settings",
+              is_flag=True)  # fmt: skip
 # Length and optimisation.
 @click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
 @click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
@@ -70,6 +72,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--gradient_checkpointing", help="Latent and LSUN networks: less memory, more time", type=bool,
               default=False)  # fmt: skip
 @click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)
+@click.option("--deterministic", help="CUDA: equal runs give equal weights, more slowly; --bench is off then",
+              is_flag=True)  # fmt: skip
 @offline_option
 # Progress.
 @click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
@@ -79,6 +83,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--dump", help="Training state every so many ticks, and at the end", type=click.IntRange(min=1), default=10
 )
+@click.option("--keep", help="Training states to keep, the newest; with 2 or more a damaged one costs little",
+              type=click.IntRange(min=1), default=2)  # fmt: skip
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
 def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
@@ -94,6 +100,10 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
     settings["precision"] = pick_precision(opts["precision"], device)
     config = DistillConfig(name, model_path=model_path, M=m, **settings)
     check(config)
+    if opts["resume_override"] and opts["resume"] in ("auto", "never") and not opts["nosubdir"]:
+        raise click.ClickException(
+            "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
+        )
     micro_batch(config.batch, opts["batch_gpu"], distributed.expected_world_size())
     if opts["dry_run"]:
         if distributed.is_first_process():
@@ -108,9 +118,11 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
         desc=opts["desc"],
         subdir=not opts["nosubdir"],
         resume=opts["resume"],
-        intervals=Intervals(opts["tick"], opts["snap"], opts["dump"]),
+        override=opts["resume_override"],
+        intervals=Intervals(opts["tick"], opts["snap"], opts["dump"], opts["keep"]),
         batch_gpu=opts["batch_gpu"],
         gradient_checkpointing=opts["gradient_checkpointing"],
+        deterministic=opts["deterministic"],
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
     With `sync` the file reaches the disk before it is renamed, so that a power loss leaves the old content or the new
     one; without, that holds for a killed process only, which is enough for one image of many. The temporary name ends
-    as `path` does (writers choose a format by the suffix) and carries the process id (two writers never share one).
+    as `path` does (writers choose a format by the suffix) and is drawn at random: two writers never share one, not even
+    on two machines, where process ids can be equal.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(6)}.tmp.{path.name}")
     try:
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)  # some writers make private files
@@ -31,6 +33,12 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files of killed processes from a folder that no other process writes to."""
+    for path in Path(folder).glob(".*.tmp.*"):
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path, flag: str) -> None:

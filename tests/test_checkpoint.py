@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
+import tracemalloc
+import zipfile
 
 import click
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import flags, invoke, newest_student, same, student, teacher, tiny_network
 
@@ -171,6 +176,104 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     for case, (tensors, pattern) in cases.items():
         save_network(tmp_path / f"{case}.safetensors", tensors, settings)
         refused(tmp_path / f"{case}.safetensors", pattern)
+
+
+# --- Fuzzing ---------------------------------------------------------------------------------------------------------
+
+FUZZ = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64",
+                                  "I8", "U64", "BOOL", "X"]),
+        "shape": st.lists(st.sampled_from([0, 1, 2, 16, 2**31, 2**63 - 1, -1]), max_size=4),
+        "data_offsets": st.lists(st.sampled_from([0, 1, 2, 16, 64, 2**40, 2**64 - 1, -1]), min_size=2, max_size=2),
+    }
+)  # fmt: skip
+
+
+def one_line_or_fine(read, path, bound=1 << 26):
+    """A click error of one line that names the file, or nothing; and no more memory than `bound` bytes of Python's."""
+    tracemalloc.start()
+    try:
+        return read(path)
+    except click.ClickException as error:
+        assert path.name in error.format_message() and "\n" not in error.format_message()
+        return None
+    finally:
+        assert tracemalloc.get_traced_memory()[1] < bound
+        tracemalloc.stop()
+
+
+@FUZZ
+@given(st.dictionaries(st.text(max_size=12), ENTRY, max_size=4), JSON, st.binary(max_size=64), st.integers(-9, 9) | st.just(2**60))
+def test_any_header_is_one_line_or_a_network(tmp_path, entries, metadata, content, lie):
+    """A header that says anything: dtypes, shapes and offsets that do not fit, a wrong length, settings of any form."""
+    header = json.dumps({**entries, "__metadata__": {METADATA_KEY: json.dumps(metadata)}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", max(len(header) + lie, 0) if lie > 8 else len(header)) + header + content)
+    for read in (read_settings, read_network, load_student):
+        assert one_line_or_fine(read, tmp_path / "x.safetensors") is None or read is not load_student
+
+
+@FUZZ
+@given(st.sampled_from(["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "F64", "BF16", "U16", "BOOL"]), st.integers(0, 64))
+def test_any_type_of_number_is_one_line_or_float32(tmp_path, dtype, count):
+    bits = {"F4": 4, "F6_E2M3": 6, "C64": 64, "F64": 64, "BF16": 16, "U16": 16}.get(dtype, 8)
+    size = count * bits // 8
+    header = json.dumps({"a": {"dtype": dtype, "shape": [count], "data_offsets": [0, size]},
+                         "__metadata__": {METADATA_KEY: '{"network": {}}'}}).encode()  # fmt: skip
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    found = one_line_or_fine(read_network, tmp_path / "x.safetensors")
+    assert found is None or found[0]["a"].dtype == torch.float32
+
+
+@FUZZ
+@given(JSON, JSON, JSON)
+def test_any_settings_are_one_line(tmp_path, network, sampling, more):
+    own, _ = read_network(newest_student(student()))
+    save_network(tmp_path / "x.safetensors", {"a": own["model.map_layer0.weight"]}, {"format": "student", "network": network, "sampling": sampling, "training": more})
+    assert one_line_or_fine(load_student, tmp_path / "x.safetensors") is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    own = read_network(newest_student(student()))[0]["model.map_layer0.weight"].clone()
+    own[3, 5] = value
+    refused(written(tmp_path / "odd.safetensors", tensors={"model.map_layer0.weight": own}), r"odd\.safetensors.*map_layer0\.weight.*not finite")
+
+
+@FUZZ
+@given(st.data())
+def test_no_damage_of_a_training_state_goes_unnoticed(tmp_path, data):
+    """Bytes overwritten, removed or added anywhere: one line, or the very same state."""
+    path = tmp_path / "s.pt"
+    save_state(path, {"a": torch.arange(300.0), "b": {"c": [1, 2.5, None, "x"]}})
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["overwrite", "cut", "insert", "remove"]))
+    if kind == "overwrite":
+        content[at] ^= data.draw(st.integers(1, 255))
+    else:
+        content[at:] = {"cut": b"", "insert": bytes([7]) + content[at:], "remove": content[at + 1 :]}[kind]
+    path.write_bytes(content)
+    state = one_line_or_fine(read_state, path)
+    assert state is None or (torch.equal(state["a"], torch.arange(300.0)) and state["b"] == {"c": [1, 2.5, None, "x"]})
+
+
+def test_a_compressed_training_state_is_refused(tmp_path):
+    """It could unpack to anything."""
+    save_state(tmp_path / "s.pt", {"a": torch.zeros(1 << 20)})
+    with zipfile.ZipFile(tmp_path / "s.pt") as source, zipfile.ZipFile(tmp_path / "t.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+    with pytest.raises(click.ClickException, match=r"t\.pt is not a readable training state .*compressed"):
+        read_state(tmp_path / "t.pt")
+
+
+# --- What is read back -----------------------------------------------------------------------------------------------
 
 
 def test_settings_round_trip_and_unknown_ones_are_ignored():

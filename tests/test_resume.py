@@ -263,17 +263,17 @@ def test_concurrent_launches_do_not_share_a_run_directory(tmp_path):
 
     def launch():
         barrier.wait()
-        run_dir, held = runs.open_run(tmp_path, config, None, True, "auto")
-        runs.write_options(run_dir, config, {})
-        opened.append((run_dir, held))
+        run = runs.open_run(tmp_path, config, None, True, "auto")
+        runs.write_options(run.path, config, {})
+        opened.append(run)
 
     threads = [threading.Thread(target=launch) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({run_dir for run_dir, _ in opened}) == 8
-    assert sorted(run_dir.name[:5] for run_dir, _ in opened) == [f"{i:05d}" for i in range(8)]
+    assert len({run.path for run in opened}) == 8
+    assert sorted(run.path.name[:5] for run in opened) == [f"{i:05d}" for i in range(8)]
 
 
 def test_run_that_is_being_trained_is_left_alone(tmp_path):

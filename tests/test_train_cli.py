@@ -209,7 +209,7 @@ def test_run_directory_holds_what_the_design_names(tmp_path):
     run_dir = only_run(tmp_path / "exps")
     assert run_dir.name == "00000-tiny-4-2-dpmpp-1-poly7-afs-mine"
     names = {p.name for p in run_dir.iterdir() if not p.name.startswith(".")}
-    expected = {STATE, STATS, OPTIONS, "log.txt", "network-snapshot-000000.safetensors", "teacher-and-student-000000.png"}
+    expected = {STATE, "training-state.1.pt", STATS, OPTIONS, "log.txt", "network-snapshot-000000.safetensors", "teacher-and-student-000000.png"}
     assert names == expected
     options = json.loads((run_dir / OPTIONS).read_text())["config"]
     assert options["dropout"] == 0.1 and options["seed"] == 3 and options["batch"] == 8 and options["precision"] == "fp32"

@@ -5,10 +5,13 @@ needed to use it: `network` (class and constructor arguments) and whatever its w
 `torch.save` file of tensors and plain containers, read with `weights_only=True`.
 """
 
+import errno
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,10 @@ from dnnlib import replacing
 PathLike = str | Path
 METADATA_KEY = "sfd"
 #: What torch.load and load_state_dict raise on damaged content.
-DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError)
+DAMAGED = (
+    RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+    zipfile.BadZipFile, struct.error,
+)  # fmt: skip
 
 
 def save_network(path: PathLike, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -56,14 +62,22 @@ def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a network file → (float32 state dict on the CPU, settings)."""
     with _open_network(path) as file:
         settings = _parse_settings(path, file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if integers:
-        raise click.ClickException(
-            f"{path} holds {integers[0]} as {tensors[integers[0]].dtype}; expected floating point"
-        )
-    # Copies, since tensors inside a mapped file are not aligned, and kernels then round in another order.
-    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, settings
+        return {name: _read_tensor(path, file, name) for name in file.keys()}, settings  # noqa: SIM118
+
+
+def _read_tensor(path: PathLike, file: Any, name: str) -> Tensor:
+    """A float32 copy, since tensors inside a mapped file are not aligned, and kernels then round in another order."""
+    try:
+        tensor = file.get_tensor(name)
+        copy = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else None
+    except (SafetensorError, RuntimeError) as error:  # types of number that torch does not know, or not how to convert
+        reason = str(error).splitlines()[0][:120]
+        raise click.ClickException(f"{path} holds {name} in an unusable form ({reason}); expected float32") from None
+    if copy is None:
+        raise click.ClickException(f"{path} holds {name} as {tensor.dtype}; expected floating point")
+    if not copy.isfinite().all():
+        raise click.ClickException(f"{path} holds numbers in {name} that are not finite; make it again")
+    return copy
 
 
 def _open_network(path: PathLike) -> Any:
@@ -106,10 +120,15 @@ def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
         )
 
 
-def save_state(path: PathLike, state: dict[str, Any]) -> None:
-    """Write a training state (tensors and plain containers), all or nothing."""
+def save_state(path: PathLike, state: dict[str, Any], before_replacing: Callable[[], None] | None = None) -> None:
+    """Write a training state (tensors and plain containers), all or nothing.
+
+    `before_replacing` is called once the new content is written, while `path` still has the old one.
+    """
     with _writing(path), replacing(path) as temporary:
         torch.save(state, temporary)
+        if before_replacing is not None:
+            before_replacing()
 
 
 @contextmanager
@@ -119,15 +138,9 @@ def usable_state(path: PathLike) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise click.ClickException(f"{path} does not exist; expected a training state") from None
-    except (
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except DAMAGED as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise  # that is no fault of the file
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise click.ClickException(
             f"{path} is not a readable training state ({reason}); remove it to start this run again"
@@ -135,6 +148,22 @@ def usable_state(path: PathLike) -> Iterator[None]:
 
 
 def read_state(path: PathLike) -> dict[str, Any]:
-    """Read a training state to the CPU without executing anything."""
+    """Read a training state to the CPU without executing anything; damaged bits are found by its checksums."""
     with usable_state(path):
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_sums(path: PathLike) -> None:
+    """Compare the contents of a zip file with its checksums, which torch itself does not."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("it is compressed, torch.save does not do that")
+        try:
+            damaged = archive.testzip()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError("its directory points outside of it") from None
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")

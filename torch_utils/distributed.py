@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import click
@@ -11,7 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dnnlib.cli import share_failures
+
 T = TypeVar("T")
+#: How long a process waits for one that is slower. Rank 0 alone writes files and compares features meanwhile.
+TIMEOUT = timedelta(minutes=30)
 
 
 def local_rank() -> int:
@@ -24,11 +30,43 @@ def init(device: torch.device) -> None:
         torch.cuda.set_device(device)  # events and streams are those of the current device
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
+    share_failures(Board(dist.PrefixStore("failures", store), rank, world))
+
+
+class Board:
+    """What ended a rank, for rank 0 to read; it outlives the collective operations that fail then."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        self._store, self._rank, self._world = store, rank, world
+
+    def post(self, message: str) -> None:
+        try:
+            self._store.set(str(self._rank), message)
+        except RuntimeError:  # rank 0, which may hold the store, has ended too
+            return
+
+    def read(self, wait: float) -> str | None:
+        """What some other rank has posted within `wait` seconds."""
+        deadline = time.monotonic() + wait
+        try:
+            while True:
+                for rank in range(self._world):
+                    if rank != self._rank and self._store.check([str(rank)]):
+                        return f"{self._store.get(str(rank)).decode()} (rank {rank})"
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(0.05)
+        except RuntimeError:  # the store has ended
+            return None
 
 
 def shutdown() -> None:
     if dist.is_initialized():
+        share_failures(None)
         dist.destroy_process_group()
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,12 @@ from tqdm import tqdm
 from dnnlib import replacing
 
 from . import distributed
+
+#: What zipfile and its decompressors raise on a damaged or unsupported archive.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
+#: What numpy raises on a damaged `.npz`.
+NO_ARRAYS = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, MemoryError, tokenize.TokenError,
+             *UNREADABLE)  # fmt: skip
 
 
 class ImageSource(Protocol):
@@ -286,8 +295,9 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise click.ClickException(f"{path} does not exist; expected an .npz file") from None
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise click.ClickException(f"{path} is not a readable .npz file ({str(error).splitlines()[0][:120]})") from None
+    except NO_ARRAYS as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise click.ClickException(f"{path} is not a readable .npz file ({reason[0][:120]})") from None
 
 
 def read_meta(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -313,7 +323,7 @@ def names_in(path: str | Path) -> list[str]:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except FileNotFoundError:
         raise click.ClickException(f"{path} does not exist; expected an .npz file, a folder or a zip archive") from None
-    except zipfile.BadZipFile:
+    except (*UNREADABLE, ValueError):
         raise click.ClickException(f"{path} is not a readable .npz file; it is truncated or something else") from None
 
 

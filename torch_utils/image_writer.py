@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -21,7 +22,7 @@ from dnnlib import make_folder, replacing, write_text
 from . import distributed
 from .images import to_pil
 
-OPTIONS = "sampling_options.json"
+OPTIONS, LOCK = "sampling_options.json", ".lock"
 IMAGE_NAME = r"(img)?\d{6,}\.png"
 PENDING_PER_THREAD = 64
 
@@ -46,13 +47,37 @@ class ImageWriter:
         self._pool = ThreadPoolExecutor(threads)
         self._pending: deque[Future] = deque()
         self._limit = threads * PENDING_PER_THREAD
+        self._held: TextIO | None = None
         distributed.on_first_rank(lambda: self._claim(options))
 
     def _claim(self, options: dict[str, Any]) -> None:
-        """Make sure that what is already there was made with the same options."""
+        """Make sure that what is already there was made with the same options.
+
+        A folder can have several writers at a time, but one after the other they look at its options and write theirs.
+        An archive has one writer, from its first image to its last.
+        """
+        self._refuse_existing_archive()
+        make_folder(self.folder, "--outdir")
+        held = open(self.folder / LOCK, "w", encoding="utf-8")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
+        except BlockingIOError:
+            raise click.ClickException(
+                f"{self.dest} is being written by another process; wait for it, or choose another --outdir"
+            ) from None
+        self._refuse_existing_archive()  # it may have been completed while we looked
+        self._check_options(options)
+        if self.zipped:
+            self._held = held
+        else:
+            held.close()
+
+    def _refuse_existing_archive(self) -> None:
         if self.zipped and self.dest.exists():
             raise click.ClickException(f"{self.dest} already exists; remove it, or choose another --outdir")
-        make_folder(self.folder, "--outdir")
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse images of other options, and write down ours."""
         path = self.folder / OPTIONS
         if path.exists():
             try:
@@ -107,6 +132,8 @@ class ImageWriter:
         distributed.barrier()
         if self.zipped:
             distributed.on_first_rank(lambda: self._archive(seeds))
+        if self._held is not None:
+            self._held.close()
 
     def _archive(self, seeds: Sequence[int]) -> None:
         with replacing(self.dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

@@ -33,7 +33,7 @@ from torch_utils.features import FeatureSet, extract
 from torch_utils.frechet import frechet_distance
 from torch_utils.manifold import precision_recall_density_coverage
 
-from .evaluation import Extractor, append_record, seeded_batches
+from .evaluation import Extractor, append_records, seeded_batches
 
 #: What a student is compared with, at the same small numbers of evaluations.
 TRAINING_FREE = {"euler": "Euler", "dpmpp": "DPM-Solver++"}
@@ -120,7 +120,7 @@ def _judge(
     distance = frechet_distance(made.mu, made.sigma, reference.mu, reference.sigma)
     prdc = precision_recall_density_coverage(reference.features, made.features, key["nearest_k"], detector.device)
     result = {"metric": detector.label, "value": distance, "prdc": prdc, "label": row.label, "nfe": row.nfe, **key}
-    append_record(out, result)
+    append_records(out, [result])
     return result
 
 

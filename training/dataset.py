@@ -7,17 +7,24 @@ guided-diffusion's samples; integer labels beside it are not read.
 
 import io
 import json
+import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from torch_utils.features import NO_ARRAYS, UNREADABLE
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-#: What zipfile and its decompressors raise on a damaged or unsupported archive.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+#: The formats behind them. Pillow knows others by their content, among them some that start programs.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+#: Bytes that one file in an archive may unpack to.
+MOST_BYTES = 1 << 28
+#: What Pillow raises on an image that is damaged, or larger than anybody needs.
+NO_IMAGE = (UnidentifiedImageError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError,
+            MemoryError)  # fmt: skip
 
 
 class ImageDataset:
@@ -46,7 +53,9 @@ class ImageDataset:
             names = self._zip().namelist()
         else:
             raise click.ClickException(f"{path} is neither a folder nor a zip archive; expected one with images")
-        self.names = sorted(n for n in names if n.lower().endswith(EXTENSIONS))
+        # Hidden files are no images: what a killed process was writing, and what macOS puts beside each file.
+        hidden = re.compile(r"(^|/)\.[^/]*$")
+        self.names = sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n))
         if not self.names:
             raise click.ClickException(f"{path} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
         self.labels = self._read_labels() if "dataset.json" in names else None
@@ -69,9 +78,9 @@ class ImageDataset:
             return self._array[index]
         name = self.names[index]
         try:
-            with Image.open(io.BytesIO(self._read(name))) as image:
+            with Image.open(io.BytesIO(self._read(name)), formats=FORMATS) as image:
                 pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (UnidentifiedImageError, SyntaxError, ValueError, *UNREADABLE) as error:
+        except (*NO_IMAGE, *UNREADABLE) as error:
             raise click.ClickException(f"{name} in {self.path} is not a readable image ({error})") from None
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -93,12 +102,17 @@ class ImageDataset:
         if self._archive is None:
             try:
                 self._archive = zipfile.ZipFile(self.path)
-            except UNREADABLE as error:
+            except (*UNREADABLE, ValueError) as error:
                 raise click.ClickException(f"{self.path} is a damaged zip archive ({error}); make it again") from None
         return self._archive
 
     def _read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes() if self.path.is_dir() else self._zip().read(name)
+        if self.path.is_dir():
+            return (self.path / name).read_bytes()
+        size = self._zip().getinfo(name).file_size
+        if size > MOST_BYTES:
+            raise OSError(f"it unpacks to {size} bytes, more than any image")
+        return self._zip().read(name)
 
     def _read_labels(self) -> np.ndarray | None:
         try:
@@ -123,8 +137,9 @@ def read_image_array(path: Path) -> np.ndarray:
             found = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise click.ClickException(f"{path} does not exist; expected a folder, zip or npz of images") from None
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise click.ClickException(f"{path} is not a readable npz file ({error})") from None
+    except NO_ARRAYS as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise click.ClickException(f"{path} is not a readable npz file ({reason[0][:120]})") from None
     arrays = [a for a in found.values() if a.dtype == np.uint8 and a.ndim in (3, 4) and a.shape[3:] in ((), (1,), (3,))]
     if len(arrays) != 1 or arrays[0].size == 0:
         shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())

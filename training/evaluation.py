@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -229,10 +231,16 @@ def seeded_batches(sampler: Sampler, seeds: Sequence[int], class_index: int | No
 # Results
 
 
-def append_record(path: str | Path, record: dict[str, Any]) -> None:
-    """Append one JSON line, with versions and the date, in one write."""
+def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Append a JSON line for each record, with versions and the date: all of them or, on a full disk, none."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    line = json.dumps({**record, "versions": versions, "date": date}) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+    lines = "".join(json.dumps({**record, "versions": versions, "date": date}) + "\n" for record in records)
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(lines.encode()) < len(lines.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise

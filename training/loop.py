@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -19,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration
+from dnnlib.cli import Stopped, deferred_stop
 from models.loading import find_student, load_student, load_teacher, make_student, save_student
 from models.model import DiffusionModel, SamplingSettings
 from models.sampling import Prompts, captions_by_seed, draw_latents, student_sampler
 from torch_utils import distributed
-from torch_utils.checkpoint import save_state, usable_state
+from torch_utils.checkpoint import read_state, usable_state
 from torch_utils.device import PRECISIONS
 from torch_utils.images import draw_grid, save_picture, to_uint8
 from torch_utils.random import derive_seed
@@ -51,6 +54,8 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
     else:
         source = load_teacher(config.dataset_name, config.model_path, device)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
+    if config.is_second_stage:  # the first teacher, where it has no registered name, stays known
+        sampling = replace(sampling, teacher_path=source.sampling.teacher_path)
     source.compute_dtype = PRECISIONS[config.precision]
     torch.manual_seed(derive_seed(config.seed, INIT))
     student = make_student(source, sampling)
@@ -92,55 +97,107 @@ class Run:
         self.images, self.seconds, self.half_off = 0, 0.0, False
         self._skips = LaggedCount(self.distiller.skipped)
         self._seen_skips, self._bad_in_a_row = 0, 0
+        self._stops = torch.zeros((), device=self.device)
+        self._stop_count = LaggedCount(self._stops)
         self._teacher_row: np.ndarray | None = None
 
     def resume(self) -> None:
-        """Continue from the training state of the run directory, if there is one."""
-        state = runs.load_state(self.run_dir)
-        if state is not None:
-            with usable_state(self.run_dir / runs.STATE):
-                self._restore(state)
+        """Continue from the newest usable training state of the run directory, if there is one."""
+        path = distributed.on_first_rank(self._restore_newest)
+        if path is not None and not self.is_first:
+            self._restore(path)
         if self.is_first:
             runs.cut_stats(self.run_dir, self.images)
-        if state is not None:
+        if path is not None:
             self.log(f"Continuing {self.run_dir} at kimg {self.images / 1000:g}")
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore_newest(self) -> Path | None:
+        """The state that the run goes on from, restored; damaged newer ones are set aside, and the log says so."""
+        damaged: list[tuple[Path, click.ClickException]] = []
+        paths = runs.states(self.run_dir)
+        for path in paths:
+            try:
+                self._restore(path)
+            except click.ClickException as error:
+                damaged.append((path, error))
+                continue
+            for bad, error in damaged:
+                self.log(
+                    f"Warning: {error.message.split(';')[0]}; it is now {runs.set_aside(bad)}, going back to {path}"
+                )
+            return path
+        if damaged:
+            raise damaged[0][1]
+        return None
+
+    def _restore(self, path: Path) -> None:
+        state = read_state(path)
+        with usable_state(path):
+            self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         self.student.net.load_state_dict(state["student"])
         self.distiller.optimizer.load_state_dict(state["optimizer"])
         self.distiller.skipped.fill_(state["skipped"])
         self._skips = LaggedCount(self.distiller.skipped, state["skipped"])
-        self._seen_skips = state["skipped"]
+        # On CUDA the last step's skip may not have been seen yet.
+        self._seen_skips = state.get("seen_skips", state["skipped"])
         self.images, self.seconds = state["images"], state["seconds"]
         if state["half_off"]:
             self._switch_half_off()
 
     def train(self) -> None:
-        """Iterate to the end; save at the intervals and at the end."""
+        """Iterate to the end; save at the intervals and at the end.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT asked for it, on any rank; the state is saved.
+        """
         total, tick_images = self.config.total_images, max(int(self.intervals.tick * 1000), 1)
         self._describe()
         tick_start, tick_from = time.time(), self.images
         maintenance = 0.0
-        with tqdm(total=total, initial=self.images, unit="img", disable=not self.is_first, dynamic_ncols=True) as bar:
+        bar = tqdm(total=total, initial=self.images, unit="img", disable=not self.is_first, dynamic_ncols=True)
+        with bar, deferred_stop() as asked:
             while self.images < total:
                 tick_before = self.images // tick_images
                 self._iterate()
                 bar.update(self.config.batch)
                 done = self.images >= total
-                if self.images // tick_images == tick_before and not done:
-                    continue
+                stopped = self._is_stopped(asked() is not None) and not done
                 tick = self.images // tick_images
-                losses = self.distiller.losses.flush()  # waits for the device
+                ticked = done or tick > tick_before
+                if not ticked and not stopped:
+                    continue
+                losses = self.distiller.losses.flush() if ticked else {}  # waits for the device
                 duration = time.time() - tick_start
                 self.seconds += duration + maintenance
-                self._report(tick, duration, self.images - tick_from, maintenance, losses)
+                if ticked:
+                    self._report(tick, duration, self.images - tick_from, maintenance, losses)
                 started = time.time()
-                # A large batch can jump over ticks, so multiples are crossed rather than met.
-                if done or tick // self.intervals.snap > tick_before // self.intervals.snap:
-                    self.save_snapshot()
-                if done or tick // self.intervals.dump > tick_before // self.intervals.dump:
+                # A large batch can jump over ticks, so multiples are crossed rather than met. The student comes before
+                # the state, after which it would be missing for good; who stops has no time for its picture.
+                if not done and tick // self.intervals.snap > tick_before // self.intervals.snap:
+                    self.save_snapshot(picture=False) if stopped else self.save_snapshot()
+                if done or stopped or tick // self.intervals.dump > tick_before // self.intervals.dump:
                     self.save_state()
+                if stopped:
+                    self._stop(asked() or signal.SIGTERM)
                 maintenance, tick_start, tick_from = time.time() - started, time.time(), self.images
+            # Last of all, for a run that has its last student counts as finished.
+            self.save_snapshot()
+
+    def _is_stopped(self, asked: bool) -> bool:
+        """Whether this rank or another one was asked to stop; all of them learn it after the same iteration."""
+        if distributed.world_size() == 1:
+            return asked
+        self._stops.fill_(asked)
+        distributed.all_reduce_sum(self._stops)
+        return self._stop_count.poll() > 0
+
+    def _stop(self, number: int) -> NoReturn:
+        name = signal.Signals(number).name
+        self.log(f"Stopped by {name} at kimg {self.images / 1000:g}, the state is saved; repeat the command to go on")
+        raise Stopped(number, message="")
 
     def _iterate(self) -> None:
         config, iteration = self.config, self.images // self.config.batch
@@ -229,14 +286,15 @@ class Run:
             finite = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
             file.write(json.dumps(finite) + "\n")
 
-    def save_snapshot(self) -> None:
+    def save_snapshot(self, picture: bool = True) -> None:
         """The student as one file, and a picture of teacher and student endpoints for the same seeds."""
         if not self.is_first:
             return
         self.student.eval()
         training = {**self.config.to_json(), "images": self.images, "seconds": round(self.seconds, 1)}
+        if picture:
+            save_picture(self._picture(), self.run_dir / runs.picture_name(self.images))
         save_student(self.run_dir / runs.snapshot_name(self.images), self.student, training)
-        save_picture(self._picture(), self.run_dir / runs.picture_name(self.images))
 
     def _picture(self) -> Image.Image:
         x, given = draw_latents(self.student, PICTURE_SEEDS, prompts=self.prompts)
@@ -258,11 +316,12 @@ class Run:
                 "student": self.student.net.state_dict(),
                 "optimizer": self.distiller.optimizer.state_dict(),
                 "skipped": int(self.distiller.skipped),
+                "seen_skips": self._seen_skips,
                 "images": self.images,
                 "seconds": self.seconds,
                 "half_off": self.half_off,
             }
-            save_state(self.run_dir / runs.STATE, state)
+            runs.save_newest_state(self.run_dir, state, self.intervals.keep)
 
 
 class LaggedCount:
@@ -302,14 +361,20 @@ def train(
     desc: str | None = None,
     subdir: bool = True,
     resume: str = "auto",
+    override: bool = False,
     intervals: Intervals,
     batch_gpu: int | None = None,
     gradient_checkpointing: bool = False,
+    deterministic: bool = False,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
-    `batch_gpu` and `gradient_checkpointing` save memory and change nothing else.
+    `batch_gpu` and `gradient_checkpointing` save memory and change nothing else. `deterministic` makes two runs on one
+    kind of GPU equal, as they are on the CPU in any case; see docs/reliability.md. For `resume` and `override` see
+    `runs.open_run`.
     """
+    if deterministic:
+        use_deterministic_algorithms()
     distributed.init(device)
     micro = micro_batch(config.batch, batch_gpu, distributed.world_size())
     full_config, teacher, student = load_models(config, device)
@@ -318,22 +383,33 @@ def train(
     prompts = captions_by_seed() if student.has_text else None
     lpips = perceptual_loss(full_config, student)
     launch = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
-    launch |= {"gradient_checkpointing": gradient_checkpointing, "torch": torch.__version__, **vars(intervals)}
-    held: TextIO | None = None
+    launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
+    launch |= {"torch": torch.__version__, **vars(intervals)}
+    opened: runs.OpenedRun | None = None
 
     def open_run() -> Path:
-        nonlocal held
-        run_dir, held = runs.open_run(outdir, config, desc, subdir, resume)
-        runs.write_options(run_dir, config, launch)
-        return run_dir
+        nonlocal opened
+        opened = runs.open_run(outdir, config, desc, subdir, resume, override)
+        runs.write_options(opened.path, config, launch)
+        return opened.path
 
     run_dir = distributed.on_first_rank(open_run)
     run = Run(run_dir, Distiller(teacher, student, full_config, micro, lpips), intervals, prompts)
     run.resume()
+    if opened is not None and opened.changed:
+        run.log(f"Warning: other settings than before: {'; '.join(opened.changed)}")
     run.train()
     run.log(f"Student: {run_dir / runs.snapshot_name(run.images)}")
     run.log(f"Picture: {run_dir / runs.picture_name(run.images)}")
-    if held is not None:
-        held.close()
+    if opened is not None:
+        opened.held.close()
     distributed.shutdown()
     return run_dir
+
+
+def use_deterministic_algorithms() -> None:
+    """Of every operation the variant that gives equal bits for equal input; an error where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
+    torch.backends.cudnn.benchmark = False  # timing chooses among algorithms by chance
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,28 @@ from typing import Any, TextIO
 import click
 
 from dnnlib import make_folder, write_text
-from torch_utils.checkpoint import read_settings, read_state
+from dnnlib.files import remove_leftovers
+from torch_utils.checkpoint import read_settings, save_state
 
 from .config import DistillConfig
 
 OPTIONS, STATE, STATS, LOG, LOCK = "training_options.json", "training-state.pt", "stats.jsonl", "log.txt", ".lock"
 
+OLDER_STATE = r"training-state\.(\d{1,9})\.pt"
 NUMBERED = "[0-9]" * 5 + "-*"
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often things happen: status lines every `tick` kimg, students and states every `snap` and `dump` ticks."""
+    """How often things happen: status lines every `tick` kimg, students and states every `snap` and `dump` ticks.
+
+    Of the states, the newest `keep` stay.
+    """
 
     tick: float = 5
     snap: int = 10
     dump: int = 10
+    keep: int = 2
 
 
 def snapshot_name(images: int) -> str:
@@ -63,7 +70,10 @@ def lock(run_dir: Path) -> TextIO | None:
 
 def is_finished(run_dir: Path, config: DistillConfig) -> bool:
     last = run_dir / snapshot_name(config.total_images)
-    return last.exists() and read_settings(last)["training"]["images"] >= config.total_images
+    try:
+        return last.exists() and read_settings(last)["training"]["images"] >= config.total_images
+    except (click.ClickException, KeyError, TypeError):
+        return False  # damaged: continuing the run writes it again
 
 
 def numbered(outdir: Path) -> list[Path]:
@@ -71,25 +81,53 @@ def numbered(outdir: Path) -> list[Path]:
     return sorted((p for p in outdir.glob(NUMBERED) if p.is_dir()), reverse=True)
 
 
-def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str) -> tuple[Path, TextIO]:
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run directory that this process holds.
+
+    Attributes:
+        held: keeps other processes out while it is open.
+        changed: settings that differ from those it was started with, in words.
+    """
+
+    path: Path
+    held: TextIO
+    changed: tuple[str, ...] = ()
+
+
+def open_run(
+    outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str, override: bool = False
+) -> OpenedRun:
     """The directory of this run, held by a lock: an unfinished one of the same settings, or a new one.
 
     Args:
         outdir: where run directories go; itself the run directory with `subdir=False`.
         resume: `auto` continues the newest unfinished run of the same settings, `never` starts a new one, a path
             continues that run, or the run that holds that training state.
+        override: let a run that was chosen by its path go on with other settings.
     """
+    opened = _open_run(outdir, config, desc, subdir, resume, override)
+    remove_leftovers(opened.path)
+    return opened
+
+
+def _open_run(
+    outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str, override: bool
+) -> OpenedRun:
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = "auto"  # torchrun repeats a command whose first attempt has made the run
     if resume not in ("auto", "never"):
         run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-        _check_resumable(run_dir, config)
-        return run_dir, _require_lock(run_dir)
+        changed = _check_resumable(run_dir, config, override)
+        return OpenedRun(run_dir, _require_lock(run_dir), changed)
     make_folder(outdir, "--outdir")
     if not subdir:
+        changed = ()
         if read_options(outdir) is not None:
             if resume == "never":
                 raise click.ClickException(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
-            _check_resumable(outdir, config)
-        return outdir, _require_lock(outdir)
+            changed = _check_resumable(outdir, config, override)
+        return OpenedRun(outdir, _require_lock(outdir), changed)
     if resume == "auto":
         for run_dir in numbered(outdir):
             if (
@@ -97,13 +135,13 @@ def open_run(outdir: Path, config: DistillConfig, desc: str | None, subdir: bool
                 and not is_finished(run_dir, config)
                 and (held := lock(run_dir))
             ):
-                return run_dir, held
+                return OpenedRun(run_dir, held)
     with open(outdir / LOCK, "w", encoding="utf-8") as numbering:
         fcntl.flock(numbering, fcntl.LOCK_EX)  # launches at the same time take different numbers
         taken = [int(p.name[:5]) for p in outdir.glob(NUMBERED)]
         run_dir = outdir / f"{max(taken, default=-1) + 1:05d}-{config.run_name(desc)}"
         run_dir.mkdir()
-        return run_dir, _require_lock(run_dir)
+        return OpenedRun(run_dir, _require_lock(run_dir))
 
 
 def _require_lock(run_dir: Path) -> TextIO:
@@ -115,21 +153,55 @@ def _require_lock(run_dir: Path) -> TextIO:
     return held
 
 
-def _check_resumable(run_dir: Path, config: DistillConfig) -> None:
+def _check_resumable(run_dir: Path, config: DistillConfig, override: bool) -> tuple[str, ...]:
+    """What differs from the settings of the run; an error unless `override` allows it."""
     saved = read_options(run_dir)
     if saved is None:
         raise click.ClickException(f"--resume: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}")
     changed = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in config.to_json().items() if saved.get(k) != v]
-    if changed:
+    if changed and not override:
         raise click.ClickException(
-            f"--resume: {run_dir} has other settings ({'; '.join(changed)}); repeat them, or start a new run"
+            f"--resume: {run_dir} has other settings ({'; '.join(changed)}); repeat them, start a new run, or go on "
+            "with these by --resume-override"
         )
+    return tuple(changed)
 
 
-def load_state(run_dir: Path) -> dict[str, Any] | None:
-    """The training state of a run, None if it has not saved one yet."""
-    path = run_dir / STATE
-    return read_state(path) if path.exists() else None
+def states(run_dir: Path) -> list[Path]:
+    """The training states of a run, the newest first: `training-state.pt`, `training-state.1.pt`, and so on."""
+    older = [(int(found[1]), path) for path in run_dir.iterdir() if (found := re.fullmatch(OLDER_STATE, path.name))]
+    newest = [run_dir / STATE] if (run_dir / STATE).exists() else []
+    return newest + [path for _, path in sorted(older)]
+
+
+def save_newest_state(run_dir: Path, state: dict[str, Any], keep: int) -> None:
+    """Add a training state to those of a run, of which the newest `keep` stay.
+
+    Nothing is removed before the new one is complete; a process that is killed on the way leaves all of them.
+    """
+
+    newest = run_dir / STATE
+
+    def make_room() -> None:
+        older = [path for path in states(run_dir) if path != newest]
+        for number, path in reversed(list(enumerate(older, start=2))):
+            os.replace(path, run_dir / f"training-state.{number}.pt")
+        if newest.exists():
+            try:
+                os.link(newest, run_dir / "training-state.1.pt")  # so that there is a newest one at any time
+            except OSError:  # a file system without links
+                os.replace(newest, run_dir / "training-state.1.pt")
+
+    save_state(newest, state, make_room if keep > 1 else None)
+    for path in states(run_dir)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged training state out of the row, without destroying it."""
+    aside = path.with_name(f"damaged-{path.name}")
+    os.replace(path, aside)
+    return aside
 
 
 def cut_stats(run_dir: Path, images: int) -> None:
