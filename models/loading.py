@@ -345,11 +345,10 @@ def is_teacher_file(path: Path) -> bool:
 def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
     """Resolve a file, a run directory or a run number to the newest student file."""
     if re.fullmatch(r"\d+", str(path)) and not Path(path).exists():
-        runs = sorted(runs_dir.glob(f"{int(path):05d}-*")) if runs_dir.is_dir() else []
+        number = f"{int(str(path)):05d}"
+        runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
         if not runs:
-            raise click.ClickException(
-                f"run {path} does not exist under ./{runs_dir}; expected a folder {int(path):05d}-…"
-            )
+            raise click.ClickException(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
         path = runs[0]
     if not Path(path).is_dir():
         return Path(path)
