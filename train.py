@@ -16,9 +16,20 @@ from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, teacher_name
+from training.cost import estimate
 from training.runs import Intervals
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class MicroBatch(click.IntRange):
+    """A positive integer, or `auto`."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        return value if value == "auto" else super().convert(value, param, context)
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -36,8 +47,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 # Length and optimisation.
 @click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
 @click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
-@click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; default: all of its "
-              "share", type=click.IntRange(min=1))  # fmt: skip
+@click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
+              "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
 @click.option("--lr", help="Learning rate; a tenth in the second half of the run", type=POSITIVE, default=5e-5)
 @click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
@@ -104,13 +115,16 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
         raise click.ClickException(
             "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
         )
-    micro_batch(config.batch, opts["batch_gpu"], distributed.expected_world_size())
+    processes = distributed.expected_world_size()
+    batch_gpu = None if opts["batch_gpu"] == "auto" else opts["batch_gpu"]
+    micro_batch(config.batch, batch_gpu, processes)
+    configure_backends(opts["bench"])
     if opts["dry_run"]:
         if distributed.is_first_process():
             click.echo(json.dumps(config.to_json(), indent=2))
             click.echo(describe(config))
+            click.echo(estimate(config, device, processes, batch_gpu))
         return
-    configure_backends(opts["bench"])
     loop.train(
         config,
         Path(opts["outdir"]),

@@ -1,7 +1,9 @@
 """Fast ways of computing give the plain results; the benchmark and the cost model run and say what is so."""
 
 import json
+import re
 from dataclasses import fields, replace
+from functools import partial
 
 import click
 import pytest
@@ -12,6 +14,7 @@ from golden_files import Golden
 from published import known_as_published
 from test_distill import make_distiller, relative
 from test_networks import NETS, build
+from tiny import invoke, newest_student, only_run, same, teacher, train_flags, weights
 
 import models.channels_last
 from models import EDMPrecond
@@ -264,3 +267,19 @@ def test_benchmark_of_a_latent_model(tmp_path):
 def test_unknown_data_sets_are_one_line(tmp_path):
     done = CliRunner().invoke(bench.main, ["--dataset_name=imagenet65"])
     assert done.exit_code == 1 and "unknown dataset_name 'imagenet65'" in done.output
+
+
+def test_a_dry_run_says_what_a_run_would_take(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.estimate", partial(cost.estimate, seconds=0.2))
+    output = invoke("train", *train_flags(teacher()), "--dry-run").ok().output
+    assert "Trajectory: 6 evaluations of the teacher, 2 of the student" in output
+    assert re.search(r"Time: about \d+s on 1× cpu in fp32", output)
+
+
+def test_the_largest_micro_batch_of_a_cpu_is_the_whole_share(tmp_path):
+    auto = invoke("train", *train_flags(teacher(), total_kimg=0.016, outdir=tmp_path / "auto"), "--batch-gpu=auto").ok()
+    plain = invoke("train", *train_flags(teacher(), total_kimg=0.016, outdir=tmp_path / "plain")).ok()
+    assert "micro-batch 8 of 8" in auto.output and "micro-batch 8 of 8" in plain.output
+    students = [weights(newest_student(only_run(tmp_path / name))) for name in ("auto", "plain")]
+    assert same(*students)

@@ -34,6 +34,7 @@ from torch_utils.random import derive_seed
 from . import runs
 from .conditions import DROPOUT, INIT, draw_captions, draw_labels, draw_noise, draw_num_steps
 from .config import DistillConfig, follow_teacher, micro_batch, span
+from .cost import largest_micro_batch
 from .distill import Distiller, Teacher, perceptual_loss
 from .runs import Intervals
 
@@ -363,20 +364,21 @@ def train(
     resume: str = "auto",
     override: bool = False,
     intervals: Intervals,
-    batch_gpu: int | None = None,
+    batch_gpu: int | str | None = None,
     gradient_checkpointing: bool = False,
     deterministic: bool = False,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
-    `batch_gpu` and `gradient_checkpointing` save memory and change nothing else. `deterministic` makes two runs on one
-    kind of GPU equal, as they are on the CPU in any case; see docs/reliability.md. For `resume` and `override` see
-    `runs.open_run`.
+    `batch_gpu` (`auto` tries out what fits) and `gradient_checkpointing` save memory and change nothing else.
+    `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
+    docs/reliability.md. For `resume` and `override` see `runs.open_run`.
     """
     if deterministic:
         use_deterministic_algorithms()
     distributed.init(device)
-    micro = micro_batch(config.batch, batch_gpu, distributed.world_size())
+    automatic = batch_gpu == "auto"
+    micro = micro_batch(config.batch, None if automatic else batch_gpu, distributed.world_size())
     full_config, teacher, student = load_models(config, device)
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
@@ -394,7 +396,10 @@ def train(
         return opened.path
 
     run_dir = distributed.on_first_rank(open_run)
-    run = Run(run_dir, Distiller(teacher, student, full_config, micro, lpips), intervals, prompts)
+    distiller = Distiller(teacher, student, full_config, micro, lpips)
+    if automatic:
+        distiller.micro = largest_micro_batch(distiller, micro)
+    run = Run(run_dir, distiller, intervals, prompts)
     run.resume()
     if opened is not None and opened.changed:
         run.log(f"Warning: other settings than before: {'; '.join(opened.changed)}")
