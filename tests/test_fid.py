@@ -13,8 +13,7 @@ import torch
 from golden_files import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import published
-from tiny import flags, invoke, run_ranks, run_script, teacher, write_images
+from tiny import Patches, flags, invoke, run_ranks, run_script, teacher, write_images
 
 from fid import calculate_fid
 from torch_utils.frechet import covariance_factor, kernel_distance
@@ -142,37 +141,7 @@ def test_kid_of_one_distribution_is_zero_on_average():
     assert kernel_distance(x[:50], y).subset_size == 50
 
 
-def test_kid_equals_torch_fidelity():
-    module = published("torch_fidelity.metric_kid")
-    rng = np.random.default_rng(0)
-    x, y = (rng.standard_normal([300, 32]).astype(np.float32) + shift for shift in (0, 0.2))
-    expected = module.kid_features_to_metric(
-        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=10, kid_subset_size=100, verbose=False, rng_seed=2020
-    )
-    found = kernel_distance(x, y, 10, 100)
-    assert found.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3, abs=1e-5)
-    assert found.std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-3, abs=1e-5)
-
-
-def test_fid_equals_pytorch_fid():
-    module = published("pytorch_fid.fid_score")
-    a, b = gaussian(50, 200, 0), gaussian(50, 200, 1)
-    try:
-        expected = module.calculate_frechet_distance(*a, *b)
-    except TypeError as error:
-        pytest.skip(f"pytorch-fid does not run with this scipy: {error}")
-    assert calculate_fid(*a, *b) == pytest.approx(float(expected), rel=1e-6)
-
-
 # --- Commands --------------------------------------------------------------------------------------------------------
-
-
-class Patches(torch.nn.Module):
-    """Six features: mean colours of the whole and of a corner."""
-
-    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        x = images.float() / 64
-        return torch.cat([x.mean((2, 3)), x[:, :, :4, :4].mean((2, 3))], dim=1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,19 @@ from published import (
     write_published,
 )
 from test_text import write_tokenizer
-from tiny import SAMPLE, flags, invoke, newest_student, only_run, png_names, same, shared_folder, train_flags, weights
+from tiny import (
+    SAMPLE,
+    Patches,
+    flags,
+    invoke,
+    newest_student,
+    only_run,
+    png_names,
+    same,
+    shared_folder,
+    train_flags,
+    weights,
+)
 
 from models import load_student, load_teacher, sampling
 from models.autoencoders import AUTOENCODERS
@@ -94,14 +106,6 @@ def sample(name: str, files: Path, model, *more: str, **changes):
 
 
 # --- From file to PNG ------------------------------------------------------------------------------------------------
-
-
-class Patches(torch.nn.Module):
-    """Six features: mean colours of the whole and of a corner."""
-
-    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        x = images.float() / 64
-        return torch.cat([x.mean((2, 3)), x[:, :, :4, :4].mean((2, 3))], dim=1)
 
 
 @pytest.mark.parametrize("name", NAMES)

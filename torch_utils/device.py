@@ -96,6 +96,14 @@ def configure_backends(benchmark: bool = True) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+def use_deterministic_algorithms() -> None:
+    """Of every operation the variant that gives equal bits for equal input; an error where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
+    torch.backends.cudnn.benchmark = False  # timing chooses among algorithms by chance
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+
+
 def pick_precision(name: str | None, device: torch.device) -> str:
     """`name` itself, or the default of the device: fp16 on CUDA, bf16 on a CPU with native bf16, else fp32."""
     if name is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 import sys
@@ -27,7 +26,7 @@ from models.model import DiffusionModel, SamplingSettings
 from models.sampling import Prompts, captions_by_seed, draw_latents, student_sampler
 from torch_utils import distributed
 from torch_utils.checkpoint import read_state, usable_state
-from torch_utils.device import PRECISIONS
+from torch_utils.device import PRECISIONS, use_deterministic_algorithms
 from torch_utils.images import draw_grid, save_picture, to_uint8
 from torch_utils.random import derive_seed
 
@@ -410,11 +409,3 @@ def train(
         opened.held.close()
     distributed.shutdown()
     return run_dir
-
-
-def use_deterministic_algorithms() -> None:
-    """Of every operation the variant that gives equal bits for equal input; an error where there is none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
-    torch.backends.cudnn.benchmark = False  # timing chooses among algorithms by chance
-    torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True)
