@@ -49,7 +49,9 @@ class MicroBatch(click.IntRange):
 @click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
 @click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
               "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
-@click.option("--lr", help="Learning rate; a tenth in the second half of the run", type=POSITIVE, default=5e-5)
+@click.option("--lr", help="Learning rate at the start", type=POSITIVE, default=5e-5)
+@click.option("--lr_schedule", help="step: a tenth of it in the second half of the run; linear: falling to zero",
+              type=click.Choice(["step", "linear"]), default="step")  # fmt: skip
 @click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
 # Student and teacher schedules.
@@ -63,6 +65,8 @@ class MicroBatch(click.IntRange):
 @click.option("--predict_x0", help="DPM-Solver++: predict the data rather than the noise", type=bool, default=True)
 @click.option("--lower_order_final", help="DPM-Solver++: lower the order in the last steps", type=bool, default=True)
 @click.option("--thresholding", help="DPM-Solver++: dynamic thresholding of pixel data", type=bool, default=False)
+@click.option("--denoise_to_zero", help="Denoise the teacher's last state: one evaluation more, for training only",
+              type=bool, default=False)  # fmt: skip
 @click.option("--schedule_type", help="Time schedule", type=click.Choice(SCHEDULES), default="polynomial")
 @click.option("--schedule_rho", help="Exponent of the schedule; logsnr has none", type=POSITIVE, default=7)
 # Variants.

@@ -28,6 +28,7 @@ class DistillConfig:
     total_kimg: float = 200
     batch: int = 128
     lr: float = 5e-5
+    lr_schedule: str = "step"
     num_steps: int = 4
     M: int = 3
     afs: bool = True
@@ -36,6 +37,7 @@ class DistillConfig:
     predict_x0: bool = True
     lower_order_final: bool = True
     thresholding: bool = False
+    denoise_to_zero: bool = False
     schedule_type: str = "polynomial"
     schedule_rho: float = 7
     use_step_condition: bool = False
@@ -81,7 +83,9 @@ class DistillConfig:
         return (self.M + 1) * (num_steps - 1) + 1
 
     def learning_rate(self, images: int) -> float:
-        """A tenth once half of the run has been processed."""
+        """After so many trajectories; `step`: a tenth in the second half, `linear`: falling to zero all the way."""
+        if self.lr_schedule == "linear":
+            return self.lr * max(1 - images / (self.total_kimg * 1000), 0.0)
         return self.lr * (0.1 if 2 * images >= self.total_kimg * 1000 else 1.0)
 
     def sampling(self, sigma_min: float, sigma_max: float) -> SamplingSettings:
@@ -155,6 +159,11 @@ def check(config: DistillConfig) -> None:
         )
     if config.guidance_rate not in (None, 1) and (not config.has_text or config.guidance_type == "uncond"):
         raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
+    if config.denoise_to_zero and config.is_second_stage:
+        raise click.ClickException(
+            "--denoise_to_zero=True is for the first stage, whose teacher is a diffusion model; the second stage takes "
+            "over what its teacher learnt, leave it out"
+        )
     if config.lpips == "standard" and not config.is_second_stage:
         raise click.ClickException(
             "--lpips=standard is a loss of the second stage; add --is_second_stage=True, or leave it out"
@@ -179,7 +188,7 @@ def describe(config: DistillConfig) -> str:
     solver = get_solver("euler" if config.is_second_stage else config.sampler_tea, config.max_order)
     choices = config.step_choices
     nfes = [config.nfe(steps) for steps in choices]
-    evaluations = [count_evaluations(solver, config.teacher_steps(steps)) for steps in choices]
+    evaluations = [count_evaluations(solver, config.teacher_steps(s)) + config.denoise_to_zero for s in choices]
     return (
         f"Run directory: 00000-{config.run_name()} (or the next free number)\n"
         f"Student: NFE {span(nfes)}; teacher: {span(evaluations)} evaluations per trajectory\n"

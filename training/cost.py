@@ -110,7 +110,10 @@ def run_cost(config: DistillConfig, net: Precond, micro: int) -> Cost:
     """What a run of `config` takes with micro-batches of `micro` samples; `net` is the teacher's, without memory."""
     choices, second = config.step_choices, config.is_second_stage
     solver = get_solver("euler" if second else config.sampler_tea, config.max_order)
-    teacher = [count_evaluations(solver, config.teacher_steps(n), second and config.afs) for n in choices]
+    teacher = [
+        count_evaluations(solver, config.teacher_steps(n), second and config.afs) + config.denoise_to_zero
+        for n in choices
+    ]
     student = [n - 1 - config.afs for n in choices]
     dtype, size = PRECISIONS[config.precision], sum(p.numel() for p in net.parameters())
     # In float32: the teacher, the student, its gradients, two moments of Adam; besides, both as they are computed with.

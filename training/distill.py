@@ -59,13 +59,20 @@ class Teacher:
 
     @torch.no_grad()
     def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int) -> Tensor:
-        """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max."""
+        """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
+
+        With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
+        visible in a metric, and a student can learn to leave it out at no cost of its own.
+        """
         sigmas = self.sigmas(num_steps)
         condition = None
         if self.config.is_second_stage:
             condition = replace(self.model.sampling, num_steps=len(sigmas)).step_condition
         denoise = partial(self.model.denoise, step_condition=condition, **self.model.conditioning(labels))
-        return solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
+        states = solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
+        if self.config.denoise_to_zero:
+            states[-1] = denoise(states[-1], x.new_full((), float(sigmas[-1])))
+        return states
 
 
 def perceptual_loss(config: DistillConfig, student: DiffusionModel) -> LPIPS | None:
