@@ -49,6 +49,20 @@ def make_distiller(name: str, micro: int | None = None, lpips: LPIPS | None = No
     return Distiller(Teacher(source, config, sampling), student, config, micro or config.batch, lpips)
 
 
+def test_denoise_to_zero_ends_trajectories_with_the_denoiser():
+    """The same states but for the last one, which is the denoiser's at σ_min; the student is pulled to that one."""
+    plain, denoised = (make_distiller("sfd", denoise_to_zero=on) for on in (False, True))
+    x = GOLDEN["noise"][0] * 80
+    before, after = (d.teacher.trajectory(x, None, 4) for d in (plain, denoised))
+    assert torch.equal(before[:-1], after[:-1])
+    assert torch.equal(after[-1], plain.teacher.model.denoise(before[-1], torch.tensor(0.006)))
+    assert not torch.equal(before[-1], after[-1])
+    target, states = denoised.iterate(GOLDEN["noise"][0], None, 4)
+    assert torch.equal(target[-1], after[-1])
+    expected = (states[-1] - target[-1]).abs().sum() / len(x)
+    assert denoised.losses.flush()["loss/4/2"] == pytest.approx(float(expected), rel=1e-6)
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import click
 import pytest
 import torch
 from tiny import (
+    ROOT,
     STATS,
     class_teacher,
     distance,
@@ -138,3 +142,37 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
     with pytest.raises(click.ClickException, match="bad"):
         distributed.on_first_rank(lambda: (_ for _ in ()).throw(click.ClickException("bad")))
+
+
+JOIN = """
+import os, sys, time
+import torch
+from torch_utils import distributed
+torch.set_num_threads(1)
+if os.environ["RANK"] == os.environ["LATE"]:
+    time.sleep(1.5)
+distributed.init(torch.device("cpu"))
+print(int(distributed.all_reduce_sum(torch.ones(()))), flush=True)
+os._exit(0)  # as a process that is killed: it takes nothing back
+"""
+
+
+def test_processes_that_torchrun_starts_again_find_each_other():
+    """Its store is that of the first start, and holds where the processes of then could be reached.
+
+    One rank comes late, so that the other one would find the old address of it.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt, late in (("0", None), ("1", 1), ("2", 0)):
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LATE": str(late),
+                  "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": attempt}  # fmt: skip
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, **shared, "RANK": str(rank)})
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["2\n", "2\n"]
+        finally:
+            for rank in ranks:
+                rank.kill()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -81,6 +84,10 @@ def test_total_covers_the_request_with_less_than_one_batch_too_many(total_kimg, 
     wanted = round(total_kimg * 1000)
     assert config.total_images % batch == 0 and wanted <= config.total_images < max(wanted, 1) + batch
     assert config.learning_rate(0) == config.lr and config.learning_rate(config.total_images) == config.lr * 0.1
+    linear = replace(config, lr_schedule="linear")
+    rates = [linear.learning_rate(images) for images in range(0, config.total_images, batch)]
+    assert rates[0] == config.lr and rates[-1] > 0 and linear.learning_rate(config.total_images) == 0
+    assert np.allclose(np.diff(rates), -config.lr * batch / config.total_images, rtol=1e-6, atol=0)
 
 
 @given(st.integers(4, 7), st.integers(0, 9))

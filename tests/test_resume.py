@@ -171,6 +171,16 @@ def test_what_does_not_change_the_weights_may_change_on_resuming(tmp_path):
     assert len(run_dirs(tmp_path / "exps")) == 1 and images_of(run_dir) == [16, 24, 32]
 
 
+def test_a_run_of_a_version_with_fewer_settings_is_continued(tmp_path):
+    args, run_dir = unfinished(tmp_path / "exps")
+    saved = json.loads((run_dir / OPTIONS).read_text())
+    del saved["config"]["lr_schedule"], saved["config"]["denoise_to_zero"]
+    (run_dir / OPTIONS).write_text(json.dumps(saved))
+    invoke("train", *args, "--lr_schedule=linear", f"--resume={run_dir}").refused(r"lr_schedule 'step' there, 'linear'")
+    invoke("train", *args).ok()
+    assert len(run_dirs(tmp_path / "exps")) == 1 and images_of(run_dir) == [16, 32]
+
+
 def test_resume_path_takes_the_folder_or_its_state(tmp_path):
     args, run_dir = unfinished(tmp_path / "exps")
     result = invoke("train", *args, f"--outdir={tmp_path / 'other'}", f"--resume={run_dir}").ok()

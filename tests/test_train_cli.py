@@ -71,6 +71,8 @@ EMOJI = "--dataset_name=emoji32"
         ([EMOJI, "--batch=8", "--batch-gpu=3"], r"--batch-gpu=3 does not divide the 8 samples"),
         ([EMOJI, "--use_step_condition=True", "--num_steps=3"], r"--num_steps=3 .*4to7|--num_steps=3 .*4.7"),
         ([EMOJI, "--use_step_condition=True", "--num_steps=8"], r"--num_steps=8"),
+        ([EMOJI, "--is_second_stage=True", "--model_path=x", "--denoise_to_zero=True"], r"--denoise_to_zero=True is for the first"),
+        ([EMOJI, "--lr_schedule=cosine"], r"cosine.*linear"),
         ([EMOJI, "--guidance_type=cfg"], r"--guidance_type=cfg needs a text-conditioned teacher"),
         ([EMOJI, "--guidance_rate=2"], r"--guidance_rate=2 does nothing"),
         ([EMOJI, "--thresholding=True", "--sampler_tea=heun"], r"thresholding needs solver dpmpp"),
@@ -287,18 +289,23 @@ def test_dump_is_not_missed_when_ticks_are_shorter_than_the_batch(tmp_path):
     assert saved == [32, 56, 64]
 
 
-def test_learning_rate_falls_to_a_tenth_after_half(tmp_path):
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [("step", [2e-3] * 4 + [2e-4] * 4), ("linear", [2e-3 * (8 - i) / 8 for i in range(8)])],
+)
+def test_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
     used = []
     original = distill.Distiller.iterate
 
     def recorded(distiller, *args):
-        used.append({g["lr"] for g in distiller.optimizer.param_groups})
+        used.append(distiller.optimizer.param_groups[0]["lr"])
+        assert len(distiller.optimizer.param_groups) == 1
         return original(distiller, *args)
 
     with mock.patch.object(distill.Distiller, "iterate", recorded):
-        invoke("train", *train_flags(teacher(), outdir=tmp_path, lr=2e-3, M=0)).ok()
-    assert used == [{2e-3}] * 4 + [{2e-4}] * 4
-    assert [line["lr"] for line in stats_of(only_run(tmp_path))] == [2e-3, 2e-3, 2e-4, 2e-4]
+        invoke("train", *train_flags(teacher(), outdir=tmp_path, lr=2e-3, lr_schedule=schedule, M=0)).ok()
+    assert used == pytest.approx(expected)
+    assert [line["lr"] for line in stats_of(only_run(tmp_path))] == pytest.approx(expected[1::2])
 
 
 def test_reported_learning_rate_is_the_one_used(tmp_path):
@@ -322,7 +329,7 @@ def test_options_change_what_they_should(tmp_path):
         "base": {}, "again": {}, "seed": {"seed": 1}, "dropout": {"dropout": 0.5}, "lr": {"lr": 2e-3}, "bf16": {"precision": "bf16"},
         "order": {"M": 1, "max_order": 1}, "order3": {"M": 1}, "noise": {"M": 1, "predict_x0": False},
         "final": {"M": 1, "lower_order_final": False}, "heun": {"M": 1, "sampler_tea": "heun"}, "rho": {"schedule_rho": 5},
-        "logsnr": {"schedule_type": "logsnr"}, "noafs": {"afs": False},
+        "logsnr": {"schedule_type": "logsnr"}, "noafs": {"afs": False}, "denoised": {"denoise_to_zero": True},
     }  # fmt: skip
     found = {}
     for name, changes in runs.items():

@@ -31,6 +31,8 @@ def init(device: torch.device) -> None:
     if "RANK" not in os.environ or dist.is_initialized():
         return
     store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives a restart, so what the processes before have left there would be taken for addresses.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)

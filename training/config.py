@@ -85,7 +85,7 @@ class DistillConfig:
     def learning_rate(self, images: int) -> float:
         """After so many trajectories; `step`: a tenth in the second half, `linear`: falling to zero all the way."""
         if self.lr_schedule == "linear":
-            return self.lr * max(1 - images / (self.total_kimg * 1000), 0.0)
+            return self.lr * (1 - images / self.total_images)
         return self.lr * (0.1 if 2 * images >= self.total_kimg * 1000 else 1.0)
 
     def sampling(self, sigma_min: float, sigma_max: float) -> SamplingSettings:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,9 +50,13 @@ def write_options(run_dir: Path, config: DistillConfig, launch: dict[str, Any]) 
 
 
 def read_options(run_dir: Path) -> dict[str, Any] | None:
-    """The config that a run was started with, None where there is none to read."""
+    """The config that a run was started with, None where there is none to read.
+
+    A setting that did not exist then has its default, which is always what was done before.
+    """
     try:
-        return json.loads((run_dir / OPTIONS).read_text(encoding="utf-8"))["config"]
+        saved = json.loads((run_dir / OPTIONS).read_text(encoding="utf-8"))["config"]
+        return {f.name: f.default for f in fields(DistillConfig) if f.default is not MISSING} | saved
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
