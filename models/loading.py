@@ -27,7 +27,8 @@ from .reference_students import is_reference_student, read_reference_student
 from .registry import ROWS, DatasetRow, fetch_weights, get_row
 
 RUNS_DIR = Path("exps")
-SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
+#: A student of a run directory; the published code writes pickles.
+SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
 CONFIGS = Path(__file__).parent / "configs"
 
 #: Ranges of numbers in a network's description: outside, it would take for ever to build, or mean nothing. Where the
@@ -354,5 +355,5 @@ def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
         return Path(path)
     snapshots = [(int(m[1]), p) for p in Path(path).iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
     if not snapshots:
-        raise click.ClickException(f"{path} holds no network-snapshot-*.safetensors; the run has not saved one yet")
+        raise click.ClickException(f"{path} holds no network-snapshot-*.safetensors (or .pkl); the run has not saved one yet")
     return max(snapshots)[1]

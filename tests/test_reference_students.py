@@ -18,7 +18,7 @@ from edm_pickle_files import foreign_names, randomised, write_edm_pickle, write_
 from tiny import NETWORK, SAMPLE, TRAIN, flags, invoke, known_as_tiny, newest_student, only_run, png_names, weights
 
 from models import EDMPrecond, load_student, load_teacher
-from models.loading import build_network, is_teacher_file, read_sampling, save_student
+from models.loading import build_network, find_student, is_teacher_file, read_sampling, save_student
 from models.reference_students import read_reference_student
 
 #: What the reference's training leaves, besides what its students are sampled with.
@@ -102,6 +102,12 @@ def test_noise_levels(tmp_path):
     assert (sampling.sigma_min, sampling.sigma_max) == (0.02, 70.0)
     sampling = read_reference_student(write(path, net, without, sigma_min=0, sigma_max=float("inf")))[2]
     assert (sampling.sigma_min, sampling.sigma_max) == (0.006, 80.0)
+
+
+def test_run_directory_of_the_published_code(tmp_path):
+    for kimg in (50, 200, 100):
+        write(tmp_path / f"network-snapshot-{kimg:06d}.pkl", make(), {**TRAINING, "num_steps": 4 + (kimg == 200)})
+    assert load_student(find_student(tmp_path)).sampling.num_steps == 5
 
 
 def test_sampled_as_a_student_of_this_program(tmp_path):
