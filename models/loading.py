@@ -355,5 +355,5 @@ def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
         return Path(path)
     snapshots = [(int(m[1]), p) for p in Path(path).iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
     if not snapshots:
-        raise click.ClickException(f"{path} holds no network-snapshot-*.safetensors or .pkl; has the run saved one yet?")
+        raise click.ClickException(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
     return max(snapshots)[1]
