@@ -2,7 +2,8 @@
 
 Stable Diffusion is conditioned on the last hidden state, after the final layer norm, of all 77 tokens: begin, caption,
 end, then the end token again as padding, which is not masked. The weights lie in its checkpoint; the tokenizer's files
-are fetched to `clip-vit-large-patch14/` in the cache directory, or read from the directory `SFD_CLIP_TOKENIZER`.
+are those of the directory `SFD_CLIP_TOKENIZER`, else of the folder that the weights lie in, if it is one of diffusers;
+else they are fetched to `clip-vit-large-patch14/` in the cache directory.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TextEncoder:
             (`transformer.text_model.…`); half precision is taken too.
         device: where to compute.
         config: sizes under transformers' names; None is CLIP ViT-L/14.
-        source: what to call the checkpoint in an error.
+        source: the checkpoint, or the folder of diffusers that the tensors are from.
 
     Attributes:
         tokens, width: `encode` gives `[n, tokens, width]`.
@@ -73,7 +74,7 @@ class TextEncoder:
         self._network = _build(tensors, config or VIT_L_14, source).to(self.device)
         sizes = self._network.config
         self.tokens, self.width = sizes.max_position_embeddings, sizes.hidden_size
-        self._tokenizer = _read_tokenizer(find_tokenizer(), sizes.vocab_size)
+        self._tokenizer = _read_tokenizer(find_tokenizer(source), sizes.vocab_size)
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -134,14 +135,19 @@ def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Pat
     return network.eval().requires_grad_(False)
 
 
-def find_tokenizer() -> Path:
-    """The directory with the tokenizer's files, fetched if need be.
+def find_tokenizer(source: PathLike | None = None) -> Path:
+    """The directory with the tokenizer's files: `SFD_CLIP_TOKENIZER`, that of `source`, or fetched if need be.
+
+    Args:
+        source: what the model is read from, which may be a folder of diffusers.
 
     Raises:
         click.ClickException: a file is not there, nor to be had.
     """
     own = os.environ.get("SFD_CLIP_TOKENIZER")
     if not own:
+        if source is not None and all((Path(source) / "tokenizer" / name).is_file() for name in NEEDED_FILES):
+            return Path(source) / "tokenizer"
         folder = cache_dir() / TOKENIZER
         for name in TOKENIZER_FILES:
             fetch([f"{HUB}openai/{TOKENIZER}/resolve/main/{name}"], folder / name)

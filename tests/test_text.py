@@ -14,7 +14,7 @@ from golden_files import Golden
 from torch import Tensor
 
 from models import text
-from models.text import TOKENIZER_FILES, TextEncoder, find_tokenizer, read_prompts
+from models.text import TOKENIZER, TOKENIZER_FILES, TextEncoder, find_tokenizer, read_prompts
 
 #: recommended by the reference
 CLOSE = dict(atol=1e-4, rtol=0)
@@ -187,6 +187,20 @@ def test_two_files_are_enough(encoder, tokenizer, weights):
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         (tokenizer / name).unlink()
     assert torch.equal(TextEncoder(weights, "cpu", SIZES).encode(["a Cat"]), encoder.encode(["a Cat"]))
+
+
+def test_a_folder_of_diffusers_has_its_own_tokenizer(encoder, weights, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tokenizer(folder / "tokenizer")
+    monkeypatch.delenv("SFD_CLIP_TOKENIZER")
+    monkeypatch.setenv("SFD_OFFLINE", "1")
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path / "empty"))
+    found = TextEncoder(weights, "cpu", SIZES, source=folder)
+    assert torch.equal(found.encode(["a Cat"]), encoder.encode(["a Cat"]))
+    (folder / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(click.ClickException, match=TOKENIZER):
+        TextEncoder(weights, "cpu", SIZES, source=folder)
 
 
 @pytest.mark.parametrize("name, content, message", [
