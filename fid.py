@@ -13,13 +13,13 @@ from numpy.typing import ArrayLike
 
 import sample
 from dnnlib import make_folder, one_line_errors
-from dnnlib.cli import offline_option
+from dnnlib.cli import Group, offline_option, section
 from models.detectors import NAMES, Detector, load_detector
 from models.inception import RESIZES
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.features import FeatureSet, extract, write_arrays
 from torch_utils.frechet import frechet_distance, kernel_distance
 from training import comparison
@@ -90,6 +90,12 @@ machine_options = options(
     offline_option,
     click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True),
 )
+metrics_option = click.option(
+    "--metrics", help="List of " + ", ".join(METRICS), metavar="LIST", default="fid", callback=parse_metrics
+)
+precision_option = click.option(
+    "--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS))
+)
 record_options = options(
     click.option("--desc", help="Text for the record", metavar="STR"),
     click.option("--features", help="Keep the features of the images here; used again if they fit", metavar="NPZ"),
@@ -98,8 +104,9 @@ record_options = options(
 
 
 def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
-    """Join the process group and load the detector that the options name."""
+    """Join the process group, set the backends up and load the detector that the options name."""
     device = pick_device(opts["device"], distributed.local_rank())
+    configure_backends()
     distributed.init(device)
     detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
     if features is not None and not features.endswith(".npz"):
@@ -168,7 +175,7 @@ def finish(
         facts = {"N": count, **record, "reference_sha256": fingerprint(ref_path), "reference_N": reference.count}
         found = []
         for metric in opts["metrics"]:
-            if metric == "fid" and count <= detector.dim:
+            if metric == "fid" and count is not None and count <= detector.dim:
                 say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
                     f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
             result = judge(sets, reference, metric, detector)
@@ -185,21 +192,13 @@ def finish(
 # Commands
 
 
-@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.group(cls=Group)
 def main() -> None:
-    """Fréchet inception distance.
-
-    \b
-    Examples:
-      python fid.py calc --images=samples/ --ref=cifar10
-      python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
-      torchrun --standalone --nproc_per_node=4 fid.py gen --model_path=0 --seeds=0-49999 --ref=cifar10
-      python fid.py compare --model_path=0 --ref=emoji32 --detector=efficientnet-lite0
-    """
+    """Fréchet and kernel inception distance (FID, KID); `fid.py COMMAND --help` has options and examples."""
 
 
 @main.command()
-# What to compare.
+@section("What to compare")
 @click.option("--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
@@ -208,22 +207,28 @@ def main() -> None:
               callback=parse_ints)  # fmt: skip
 @click.option("--trials", help="Split the images, in the order of their names, into so many blocks (of --num)",
               type=click.IntRange(min=1), default=1)  # fmt: skip
-# How.
-@click.option("--metrics", help="List of fid, kid", metavar="LIST", default="fid", callback=parse_metrics)
+@section("How")
+@metrics_option
 @detector_options
-# Record.
+@section("Record")
 @record_options
-# Machine.
+@section("Machine")
 @machine_options
 def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, **opts: Any) -> None:
-    """Distance of images from a reference."""
+    """Distance of images from a reference.
+
+    \b
+    Examples:
+      python fid.py calc --images=samples/ --ref=cifar10
+      python fid.py calc --images=samples.zip --ref=my-dataset.zip --metrics=fid,kid --detector=efficientnet-lite0
+    """
     if opts["dry_run"]:
         show_plan(images=images, ref=ref, num=num, seed=seed, trials=trials, metrics=opts["metrics"],
                   detector=opts["detector"])  # fmt: skip
         return
     extractor = open_extractor(opts, opts["features"])
     ref_path = distributed.on_first_rank(lambda: locate(ref))
-    keep, moments = "kid" in opts["metrics"], "fid" in opts["metrics"]
+    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
     blocks = split_blocks(extractor.count(Path(images)), num, seed, trials)
     reference = extractor.reference(ref_path, keep, moments)
     sets = extractor.blocks(Path(images), blocks, keep, moments)
@@ -231,16 +236,21 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
 
 
 @main.command()
-# What to describe.
+@section("What to describe")
 @click.option("--data", help="Folder, zip or npz of images", metavar="PATH", required=True)
 @click.option("--dest", help="Where to write mu and sigma", metavar="NPZ", required=True)
 @click.option("--features", help="Keep the features too, for kid and prdc.py; used again if it fits", metavar="NPZ")
-# How.
+@section("How")
 @detector_options
-# Machine.
+@section("Machine")
 @machine_options
 def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
-    """Reference statistics of a data set."""
+    """Reference statistics of a data set.
+
+    \b
+    Examples:
+      python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
+    """
     if not dest.endswith(".npz"):
         raise click.ClickException(f"--dest={dest} is not a name ending in .npz; choose one that is")
     if opts["dry_run"]:
@@ -256,18 +266,26 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
 
 
 @main.command()
-# What to compare; the options of sample.py are added below.
+# The options of sample.py are added below.
+@section("What to compare")
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
 @click.option("--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(min=1), default=1)
-# How.
-@click.option("--metrics", help="List of fid, kid", metavar="LIST", default="fid", callback=parse_metrics)
+@section("How")
+@metrics_option
 @detector_options
-# Record.
+@section("Record")
 @record_options
-# Machine.
+@section("Machine")
+@precision_option
 @machine_options
 def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, trials: int, **opts: Any) -> None:
-    """Sample and evaluate in one go, without writing images; samplers are described as for sample.py."""
+    """Sample and evaluate in one go, without writing images; samplers are described as for sample.py.
+
+    \b
+    Examples:
+      torchrun --standalone --nproc_per_node=4 fid.py gen --model_path=0 --seeds=0-49999 --ref=cifar10
+      python fid.py gen --model_path=teacher --dataset_name=cifar10 --seeds=0-49999 --trials=3 --ref=cifar10
+    """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
     choices = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
@@ -275,13 +293,14 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     if trials > 1 and opts["features"]:
         raise click.ClickException("--features holds the images of one evaluation; leave it or --trials out")
     if opts["dry_run"]:
-        plan = dict(model_path=model_path, seeds=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
+        plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
+        plan["nfe"] = sample.planned_nfe(model_path, opts["dataset_name"], choices)
         show_plan(**plan, **choices.given(), detector=opts["detector"], precision=precision, device=str(device))
         return
     extractor = open_extractor(opts, opts["features"])
     opened = open_sampler(model_path, opts["dataset_name"], choices, device, PRECISIONS[precision])
     opened.sampler.model.check_class(class_index)
-    keep, moments = "kid" in opts["metrics"], "fid" in opts["metrics"]
+    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
     ref_path = distributed.on_first_rank(lambda: locate(ref))
     reference = extractor.reference(ref_path, keep, moments)
     identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
@@ -294,14 +313,14 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         sets = [compute(block, keep, moments) for block in blocks]
     else:
         source = {"sampler": identity, "seeds": describe_seeds(seeds)}
-        features = extractor.cached(source, lambda: compute(seeds, True, False))
+        features = extractor.cached(extractor.cache, source, lambda: compute(seeds, True, False))
         sets = [FeatureSet.from_features(features, moments)]
     record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds), reference=ref)
     finish(sets, reference, ref_path, extractor, record, opts)
 
 
 @main.command()
-# What to compare.
+@section("What to compare")
 @click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
 @click.option("--seeds", help="Random seeds, one image each, for every sampler", metavar="LIST", default="0-1999",
               callback=sample.parse_seeds)  # fmt: skip
@@ -309,17 +328,21 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
               required=True)  # fmt: skip
 @click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
               type=click.IntRange(min=1), default=5)  # fmt: skip
-# Where to.
+@section("Where to")
 @click.option("--outdir", help="Folder for metrics.jsonl, .md and .png; default: that of the student", metavar="DIR")
-# How.
+@section("How")
 @detector_options
-@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
-# Machine.
+@section("Machine")
+@precision_option
 @machine_options
 def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir: str | None, **opts: Any) -> None:
     """FID and PRDC of a student, its teacher and training-free solvers, for the same seeds: a table and a plot.
 
     A second run of the same command computes only what is missing.
+
+    \b
+    Examples:
+      python fid.py compare --model_path=0 --ref=emoji32 --detector=efficientnet-lite0
     """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
@@ -327,7 +350,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
         raise click.ClickException(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
     place = Path(outdir) if outdir else find_student(model_path).parent
     if opts["dry_run"]:
-        show_plan(model_path=model_path, seeds=len(seeds), ref=ref, outdir=str(place), detector=opts["detector"],
+        show_plan(model_path=model_path, images=len(seeds), ref=ref, outdir=str(place), detector=opts["detector"],
                   precision=precision, device=str(device))  # fmt: skip
         return
     extractor = open_extractor(opts)
@@ -365,7 +388,7 @@ def describe_seeds(seeds: list[int]) -> str:
 
 
 # A sampler is described as on the command line of sample.py.
-_DESCRIPTION = {"model_path", "dataset_name", "seeds", "class_index", "prompt", "precision"}
+_DESCRIPTION = {"model_path", "dataset_name", "seeds", "class_index", "prompt"}
 _DESCRIPTION |= set(SamplerOptions.__dataclass_fields__)
 gen.params[:0] = [param for param in sample.main.params if param.name in _DESCRIPTION]
 

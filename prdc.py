@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from dnnlib import one_line_errors
+from dnnlib.cli import Group, section
 from fid import detector_options, machine_options, open_extractor, record_options, show_plan
 from torch_utils import distributed
 from torch_utils.manifold import precision_recall_density_coverage
@@ -30,19 +31,13 @@ def compute_prdc(
     return precision_recall_density_coverage(real, fake, nearest_k, device)
 
 
-@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.group(cls=Group)
 def main() -> None:
-    """Precision, recall, density and coverage.
-
-    \b
-    Examples:
-      python prdc.py calc --images=samples/ --images_ref=cifar10-32x32.zip
-      torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
-    """
+    """Precision, recall, density and coverage; `prdc.py calc --help` has options and examples."""
 
 
 @main.command()
-# What to compare.
+@section("What to compare")
 @click.option("--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--images_ref", help="Real images, given alike; or emoji32 for those of this program", metavar="PATH",
@@ -50,15 +45,21 @@ def main() -> None:
 @click.option("--num", help="Images to use of each set, chosen by --seed; a smaller reference is used whole",
               type=click.IntRange(min=2), default=5000)  # fmt: skip
 @click.option("--seed", help="Choice of the images", type=click.IntRange(min=0), default=0)
-# How.
+@section("How")
 @click.option("--nearest_k", help="Neighbours that a ball reaches to", type=click.IntRange(min=1), default=5)
 @detector_options
-# Record.
+@section("Record")
 @record_options
-# Machine.
+@section("Machine")
 @machine_options
 def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **opts: Any) -> None:
-    """Compare images with reference images."""
+    """Compare images with reference images.
+
+    \b
+    Examples:
+      python prdc.py calc --images=samples/ --images_ref=cifar10-32x32.zip
+      torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
+    """
     if num <= nearest_k:
         raise click.ClickException(f"--num={num} is too few for --nearest_k={nearest_k}; give at least {nearest_k + 1}")
     if opts["dry_run"]:

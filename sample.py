@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dnnlib import make_folder, one_line_errors, write_text
-from dnnlib.cli import offline_option
-from models.registry import ROWS
-from models.sampling import Sampler, SamplerOptions, comparison_rows, open_sampler
-from solvers import SCHEDULES, SOLVERS
+from dnnlib.cli import Command, offline_option, section
+from models.diffusers_folder import is_stable_diffusion
+from models.loading import find_student, is_teacher_file, read_sampling
+from models.registry import ROWS, get_row
+from models.sampling import Sampler, SamplerOptions, TeacherOptions, comparison_rows, open_sampler
+from solvers import SCHEDULES, SOLVERS, count_evaluations, get_solver
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.image_writer import ImageWriter
@@ -108,8 +111,30 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
     return outdir / "compare.png"
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-# What to sample.
+def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptions) -> int | None:
+    """Network evaluations per image, from settings alone; None where the model is not there yet."""
+    try:
+        is_registered = model_path == "teacher" or is_stable_diffusion(Path(model_path))
+        path = None if is_registered else find_student(model_path)
+        settings = None if path is None or is_teacher_file(path) else read_sampling(path)
+    except click.ClickException:
+        return None
+    try:
+        if settings is not None:
+            changes: dict[str, Any] = {"num_steps": options.num_steps, "guidance_rate": options.guidance_rate}
+            return replace(settings, **{name: value for name, value in changes.items() if value is not None}).nfe
+        o = TeacherOptions(**options.given())
+        solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
+        evaluations = count_evaluations(solver, o.num_steps, o.afs) + o.denoise_to_zero
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    own_rate = 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate
+    rate = own_rate if o.guidance_rate is None else o.guidance_rate
+    return evaluations * (1 if rate == 1 else 2)
+
+
+@click.command(cls=Command)
+@section("What to sample")
 @click.option("--model_path", help="Student: file, run directory or run number; `teacher`: of --dataset_name; or the "
               "file of a teacher of your own", metavar="PATH", required=True)  # fmt: skip
 @click.option(
@@ -126,7 +151,7 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
               "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV")  # fmt: skip
 @click.option("--guidance_rate", help="Classifier-free guidance of a text-conditioned model, 1 for none; default: the "
               "rate that the student records, the teacher's 7.5", type=float)  # fmt: skip
-# Where to.
+@section("Where to")
 @click.option(
     "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
 )
@@ -134,9 +159,9 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
 @click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
               type=bool, default=False)  # fmt: skip
-# Student.
+@section("Student")
 @click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int)
-# Teacher.
+@section("Teacher")
 @click.option("--solver", help="Teacher: solver; default: heun", type=click.Choice(SOLVERS))
 @click.option("--max_order", help="Teacher: order of a multistep solver", type=int)
 @click.option("--predict_x0", help="Teacher: DPM-Solver++ predicts the data; default: True", type=bool)
@@ -146,7 +171,7 @@ def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None
 @click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float)
 @click.option("--afs", help="Teacher: analytical first step; default: False", type=bool)
 @click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False", type=bool)
-# Machine.
+@section("Machine")
 @click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
 @click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
@@ -168,6 +193,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     options = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
+        plan["nfe"] = planned_nfe(model_path, dataset_name, options)
         plan.update(options.given(), precision=precision, device=str(device), outdir=opts["outdir"])
         if distributed.is_first_process():
             click.echo(json.dumps(plan, indent=2))

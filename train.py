@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dnnlib import one_line_errors
-from dnnlib.cli import offline_option
+from dnnlib.cli import Command, offline_option, section
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
@@ -17,6 +17,7 @@ from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, teacher_name
 from training.cost import estimate
+from training.loggers import LOGGERS, need_logger
 from training.runs import Intervals
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -28,12 +29,14 @@ class MicroBatch(click.IntRange):
     def __init__(self) -> None:
         super().__init__(min=1)
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+    def convert(  # type: ignore[override]  # `auto` is no integer
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> int | str:
         return value if value == "auto" else super().convert(value, param, context)
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-# Teacher and output.
+@click.command(cls=Command)
+@section("Teacher and output")
 @click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
 @click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
               "else: a teacher of your own", metavar="PATH")  # fmt: skip
@@ -44,18 +47,19 @@ class MicroBatch(click.IntRange):
               "its training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
 @click.option("--resume-override", help="Let the run of --resume=PATH or --nosubdir go on with other settings",
               is_flag=True)  # fmt: skip
-# Length and optimisation.
+@section("Length and optimisation")
 @click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
-@click.option("--batch", help="Total batch size", type=click.IntRange(min=1), default=128)
+@click.option("--batch", help="Total batch size, over all processes", type=click.IntRange(min=1), default=128)
 @click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
               "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
-@click.option("--lr", help="Learning rate at the start", type=POSITIVE, default=5e-5)
+@click.option("--lr", help="Learning rate of Adam, at the start", type=POSITIVE, default=5e-5)
 @click.option("--lr_schedule", help="step: a tenth of it in the second half of the run; linear: falling to zero",
               type=click.Choice(["step", "linear"]), default="step")  # fmt: skip
 @click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
-# Student and teacher schedules.
-@click.option("--num_steps", help="Timestamps of the student, one more than steps", type=int, default=4)
+@section("Student and teacher schedules")
+@click.option("--num_steps", help="Timestamps of the student, one more than steps; 4 to 7 with step condition",
+              type=int, default=4)  # fmt: skip
 @click.option("--M", "m", help="Timestamps that the teacher inserts between two of the student's", type=int, default=3)
 @click.option("--afs", help="Take the first step analytically, which saves one evaluation", type=bool, default=True)
 @click.option("--sampler_tea", help="Teacher solver", type=click.Choice(SOLVERS), default="dpmpp")
@@ -69,7 +73,7 @@ class MicroBatch(click.IntRange):
               type=bool, default=False)  # fmt: skip
 @click.option("--schedule_type", help="Time schedule", type=click.Choice(SCHEDULES), default="polynomial")
 @click.option("--schedule_rho", help="Exponent of the schedule; logsnr has none", type=POSITIVE, default=7)
-# Variants.
+@section("Variants")
 @click.option("--use_step_condition", help="SFD-v: one student for 4 to 7 timestamps", type=bool, default=False)
 @click.option(
     "--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False
@@ -80,7 +84,7 @@ class MicroBatch(click.IntRange):
 @click.option("--guidance_type", help="Guidance of a text-conditioned student in sampling, training has none; default: "
               "cfg", type=click.Choice(["uncond", "cfg"]))  # fmt: skip
 @click.option("--guidance_rate", help="Rate of that guidance; default: the teacher's own, 7.5 for ms_coco", type=float)
-# Machine.
+@section("Machine")
 @click.option("--precision", help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
               type=click.Choice(list(PRECISIONS)))  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
@@ -90,7 +94,7 @@ class MicroBatch(click.IntRange):
 @click.option("--deterministic", help="CUDA: equal runs give equal weights, more slowly; --bench is off then",
               is_flag=True)  # fmt: skip
 @offline_option
-# Progress.
+@section("Progress")
 @click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
 @click.option(
     "--snap", help="Student and picture every so many ticks, and at the end", type=click.IntRange(min=1), default=10
@@ -100,6 +104,8 @@ class MicroBatch(click.IntRange):
 )
 @click.option("--keep", help="Training states to keep, the newest; with 2 or more a damaged one costs little",
               type=click.IntRange(min=1), default=2)  # fmt: skip
+@click.option("--log", help="Curves and pictures for one of these too, beside the plain files; wandb stays offline "
+              "unless WANDB_MODE says otherwise", type=click.Choice(LOGGERS))  # fmt: skip
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
 def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
@@ -108,6 +114,8 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
     Examples:
       python train.py --dataset_name=emoji32 --total_kimg=4 --batch=64 --lr=3e-4
       torchrun --standalone --nproc_per_node=4 train.py --dataset_name=cifar10
+      python train.py --model_path=teachers/mine/teacher.safetensors --total_kimg=20 --batch=64 --lr=3e-4
+      python train.py --is_second_stage=True --model_path=1 --num_steps=3 --M=2
     """
     device = pick_device(opts["device"], distributed.local_rank())
     name = teacher_name(dataset_name, model_path, opts["is_second_stage"])
@@ -122,6 +130,8 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
     processes = distributed.expected_world_size()
     batch_gpu = None if opts["batch_gpu"] == "auto" else opts["batch_gpu"]
     micro_batch(config.batch, batch_gpu, processes)
+    if opts["log"] is not None:
+        need_logger(opts["log"])
     configure_backends(opts["bench"])
     if opts["dry_run"]:
         if distributed.is_first_process():
@@ -141,6 +151,7 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
         batch_gpu=opts["batch_gpu"],
         gradient_checkpointing=opts["gradient_checkpointing"],
         deterministic=opts["deterministic"],
+        log=opts["log"],
     )
 
 

@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib import make_folder, one_line_errors, replacing
-from dnnlib.cli import offline_option
+from dnnlib.cli import Group, offline_option, section
 from solvers import solve
 
 from .diffusers_folder import Pipeline, write_pipeline
 from .edm_export import plain_network, write_edm_pickle
-from .guided_unet import GuidedUNet, ResBlock
-from .loading import find_student, load_student, own_latent_space, read_config, read_published
-from .model import DiffusionModel
+from .guided_unet import ResBlock
+from .loading import find_student, load_student, own_latent_space, read_published, row_config
+from .model import Student
 from .precond import CFGPrecond, DiscreteNoise, EDMPrecond, Precond
 from .registry import ROWS, get_row
 from .sampling import Sampler, student_sampler
 from .text import find_tokenizer
-from .unet_layers import Linear, UNetBlock
+from .unet_layers import UNetBlock
 
 INSTALL_ONNX = "pip install onnx onnxscript onnxruntime"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Student:
+class OpenedStudent:
     """A student for one number of timestamps.
 
     Attributes:
@@ -56,7 +56,7 @@ class Student:
         path: its file.
     """
 
-    model: DiffusionModel
+    model: Student
     net: Precond
     sampler: Sampler
     path: Path
@@ -91,7 +91,7 @@ class Student:
         }
 
 
-def open_student(model_path: str, num_steps: int | None = None) -> Student:
+def open_student(model_path: str, num_steps: int | None = None) -> OpenedStudent:
     """The student of a file, run directory or run number, for `num_steps` timestamps.
 
     Raises:
@@ -101,44 +101,43 @@ def open_student(model_path: str, num_steps: int | None = None) -> Student:
     model = load_student(path)
     sampler = student_sampler(model, num_steps)
     net = fold_step_condition(model.net, len(sampler.sigmas)) if sampler.step_condition is not None else model.net
-    return Student(model, net, sampler, path)
+    return OpenedStudent(model, net, sampler, path)
 
 
 @torch.no_grad()
 def fold_step_condition(net: Precond, num_steps: int) -> Precond:
     """The network without step-condition layers that gives what `net` gives when told `num_steps`."""
-    unet, told = net.model, torch.tensor([float(num_steps)])
     folded = type(net)(**{**net.init_kwargs, "use_step_condition": False})
-    kept = folded.state_dict().keys()
-    folded.load_state_dict({name: tensor for name, tensor in net.state_dict().items() if name in kept})
-    guided = isinstance(unet, GuidedUNet)
-    embedded = unet.nfe_embed(unet.positions(told)) if guided else unet._step_embedding(told, 1)
-    blocks = dict(folded.named_modules())
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items() if name in folded.state_dict()}
+    embedded = net.model.embed_steps(torch.tensor([float(num_steps)]), 1)
     for name, block in net.named_modules():
-        if isinstance(block, ResBlock):
-            _modulate(blocks[name].emb_layers[1], block.emb_nfe_layers(embedded)[0], block.use_scale_shift_norm)
-        elif isinstance(block, UNetBlock):
-            _modulate(blocks[name].affine, block.affine_step(embedded)[0], block.adaptive_scale)
+        if isinstance(block, ResBlock) and block.emb_nfe_layers is not None:
+            modulation = block.emb_nfe_layers(embedded)[0]
+            _modulate(state, f"{name}.emb_layers.1", modulation, block.use_scale_shift_norm)
+        elif isinstance(block, UNetBlock) and block.affine_step is not None:
+            _modulate(state, f"{name}.affine", block.affine_step(embedded)[0], block.adaptive_scale)
+    folded.load_state_dict(state)
     folded.compute_dtype = net.compute_dtype
     return folded.eval().requires_grad_(False)
 
 
-def _modulate(layer: Linear, constant: Tensor, scales: bool) -> None:
+def _modulate(state: dict[str, Tensor], layer: str, constant: Tensor, scales: bool) -> None:
     """Follow what `layer` does to a block by a constant modulation: scale and shift, or shift alone."""
+    weight, bias = state[f"{layer}.weight"], state[f"{layer}.bias"]
     if not scales:
-        layer.bias += constant
+        bias += constant
         return
     scale, shift = constant.chunk(2)
     factor = (1 + scale).repeat(2)
-    layer.weight *= factor[:, None]
-    layer.bias.mul_(factor).add_(torch.cat([scale, shift]))
+    weight *= factor[:, None]
+    bias.mul_(factor).add_(torch.cat([scale, shift]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Forms
 
 
-def to_diffusers(student: Student, dest: Path) -> None:
+def to_diffusers(student: OpenedStudent, dest: Path) -> None:
     """Write a student of Stable Diffusion as a folder of diffusers, see `models.diffusers_folder`."""
     net, name = student.net, student.model.dataset_name
     if not isinstance(net, CFGPrecond) or not student.model.has_text:
@@ -147,15 +146,15 @@ def to_diffusers(student: Student, dest: Path) -> None:
             "use `edm` or `program`"
         )
     row = get_row(name)
-    config = read_config(row.config)
-    tensors, _ = read_published(row, own_latent_space(student.model.sampling, str(student.path)))
+    config = row_config(row)
+    tensors, source = read_published(row, own_latent_space(student.model.sampling, str(student.path)))
     write_pipeline(
         Pipeline(
             net,
             # A file says itself what its network is; the rest is as in the teacher.
             {**config, "network": net.init_kwargs},
             tensors,
-            find_tokenizer(),
+            find_tokenizer(source),
             student.sampler.sigmas,
             student.sampler.afs,
             student.sampler.guidance_rate,
@@ -167,7 +166,7 @@ def to_diffusers(student: Student, dest: Path) -> None:
     )
 
 
-def to_edm(student: Student, dest: Path) -> None:
+def to_edm(student: OpenedStudent, dest: Path) -> None:
     """Write a student with an EDM network as a pickle in EDM's layout, see `models.edm_export`."""
     if not isinstance(student.net, EDMPrecond):
         raise click.ClickException(
@@ -190,14 +189,14 @@ class StudentStep(nn.Module):
     `[B, tokens, width]` and, if its guidance rate is not 1, those of the empty caption.
     """
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, student: OpenedStudent) -> None:
         super().__init__()
         self.has_text, self.guidance_rate = student.model.has_text, student.sampler.guidance_rate
-        self.net = student.net
-        if isinstance(self.net, EDMPrecond):
-            self.net = plain_network(self.net, (student.model.sigma_min, student.model.sigma_max))
-        elif isinstance(self.net, CFGPrecond):
-            self.net.noise_schedule = TableTimes(self.net.noise_schedule)
+        self.net: nn.Module = student.net
+        if isinstance(student.net, EDMPrecond):
+            self.net = plain_network(student.net, (student.model.sigma_min, student.model.sigma_max))
+        elif isinstance(student.net, CFGPrecond):
+            student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *given: Tensor) -> Tensor:
         if not self.has_text:
@@ -228,21 +227,21 @@ class TableTimes(nn.Module):
         return self.steps - 1 - (low + (log_alpha - first) / (second - first))
 
 
-def example_inputs(student: Student, batch: int) -> tuple[Tensor, ...]:
+def example_inputs(student: OpenedStudent, batch: int) -> tuple[Tensor, ...]:
     """Arguments of `StudentStep` for its first step, from fixed random numbers."""
     rng, model = torch.Generator().manual_seed(0), student.model
     sigma, sigma_next = student.steps[:2].float()
     inputs = [torch.randn(batch, *model.shape, generator=rng) * student.initial_scale, sigma, sigma_next]
     if model.label_dim:
         inputs.append(torch.eye(model.label_dim)[torch.arange(batch) % model.label_dim])
-    if model.has_text:
-        tokens = (read_config(get_row(model.dataset_name).config).get("text") or {}).get("max_position_embeddings", 77)
+    if student.net.context_dim is not None:
+        tokens = (row_config(get_row(model.dataset_name)).get("text") or {}).get("max_position_embeddings", 77)
         count = 1 if student.sampler.guidance_rate == 1 else 2
         inputs += torch.randn(count, batch, tokens, student.net.context_dim, generator=rng)
     return tuple(inputs)
 
 
-def to_program(student: Student, dest: Path) -> float:
+def to_program(student: OpenedStudent, dest: Path) -> float:
     """Write one step as `.pt2` (torch.export) or `.onnx`, and run it beside ours.
 
     Returns:
@@ -277,7 +276,7 @@ def to_program(student: Student, dest: Path) -> float:
     return worst
 
 
-def _our_step(student: Student, inputs: tuple[Tensor, ...]) -> Tensor:
+def _our_step(student: OpenedStudent, inputs: tuple[Tensor, ...]) -> Tensor:
     """The first step of the sampler that evaluates the network, as it takes it."""
     x, given, model, sampler = inputs[0], inputs[3:], student.model, student.sampler
     arguments: dict[str, Any] = {"class_labels": given[0] if given else None}
@@ -292,7 +291,7 @@ def _write_pt2(exported: torch.export.ExportedProgram, record: dict[str, Any], p
     return torch.export.load(path).module()
 
 
-def _need_onnx(student: Student) -> None:
+def _need_onnx(student: OpenedStudent) -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(f"ONNX needs {', '.join(missing)}; run: {INSTALL_ONNX}, or write a .pt2 file")
@@ -306,7 +305,7 @@ def _need_onnx(student: Student) -> None:
 def _write_onnx(exported: torch.export.ExportedProgram, record: dict[str, Any], path: Path) -> Callable[..., Tensor]:
     import onnxruntime
 
-    program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(exported, dynamo=True, verbose=False)
     program.model.metadata_props["sfd"] = json.dumps(record)
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -324,30 +323,30 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """What the forms have in common."""
     for option in (
         offline_option,
+        section("Machine"),
         click.option("--num_steps", help="SFD-v: timestamps to export for; default: the student's own", type=int),
         click.option("--dest", help="Where to write", metavar="PATH", required=True, type=Path),
         click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True),
+        section("What to export"),
     ):
         command = option(command)
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group)
 def main() -> None:
-    """Write a student for other programs; docs/interchange.md says what is exact.
-
-    \b
-    Examples:
-      python -m models.export diffusers --model_path=0 --dest=sd-student
-      python -m models.export edm --model_path=0 --dest=student.pkl
-      python -m models.export program --model_path=0 --dest=step.onnx
-    """
+    """Write a student for other programs; docs/interchange.md says what is exact, `COMMAND --help` has examples."""
 
 
 @main.command()
 @_options
 def diffusers(model_path: str, dest: Path, num_steps: int | None) -> None:
-    """A student of Stable Diffusion as a pipeline folder with its steps in the scheduler."""
+    """A student of Stable Diffusion as a pipeline folder with its steps in the scheduler.
+
+    \b
+    Examples:
+      python -m models.export diffusers --model_path=0 --dest=sd-student
+    """
     to_diffusers(open_student(model_path, num_steps), dest)
     click.echo(f"Pipeline: {dest}; how to sample it stands in {dest / 'README.md'}")
 
@@ -358,6 +357,10 @@ def edm(model_path: str, dest: Path, num_steps: int | None) -> None:
     """A student with an EDM network as a pickle for tools that expect ['ema'].
 
     Like every EDM pickle, it runs code where it is loaded by other programs: the source of its network.
+
+    \b
+    Examples:
+      python -m models.export edm --model_path=0 --dest=student.pkl
     """
     student = open_student(model_path, num_steps)
     to_edm(student, dest)
@@ -372,6 +375,11 @@ def program(model_path: str, dest: Path, num_steps: int | None) -> None:
 
     For any batch size with EDM networks, for one image at a time with others. ONNX needs onnx, onnxscript and
     onnxruntime.
+
+    \b
+    Examples:
+      python -m models.export program --model_path=0 --dest=step.pt2
+      python -m models.export program --model_path=0 --dest=step.onnx
     """
     student = open_student(model_path, num_steps)
     worst = to_program(student, dest)

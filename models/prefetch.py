@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dnnlib import one_line_errors
-from dnnlib.cli import offline_option
+from dnnlib.cli import Command, offline_option, section
 from dnnlib.download import cache_dir
 
 from .detectors import fetch_inception
@@ -58,8 +58,9 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     return [file for file in found if file.is_file() and not file.name.startswith(".")]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@section("Machine")
 @offline_option
 def main(names: Sequence[str]) -> None:
     """Fetch what NAME… needs, to ./src or the directory SFD_CACHE, and say what is there.
@@ -71,6 +72,11 @@ def main(names: Sequence[str]) -> None:
       captions   of MS-COCO, for ms_coco
       tokenizer  of the text encoder, for ms_coco
       all        everything
+
+    \b
+    Examples:
+      python -m models.prefetch cifar10 inception
+      python -m models.prefetch ms_coco
     """
     missing = []
     for name in expand(names):

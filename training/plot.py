@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ import torch
 from torch import Tensor
 
 from dnnlib import make_folder, one_line_errors, replacing
-from dnnlib.cli import offline_option
-from models.loading import RUNS_DIR, find_student, load_student, load_teacher
+from dnnlib.cli import Command, offline_option, section
+from models.loading import RUNS_DIR, find_student, load_student
 from models.sampling import SamplerOptions, choose_prompts, draw_latents, student_sampler
 from solvers import solve
 from torch_utils.device import configure_backends, pick_device
 
 from .comparison import INSTALL_MATPLOTLIB, draw
 from .config import DistillConfig
-from .distill import Teacher
+from .distill import Teacher, load_source
 from .runs import STATS, read_options
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
@@ -184,18 +183,11 @@ def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device
     config = DistillConfig(**settings)
     sampler = student_sampler(student, num_steps, guidance_rate=1)
     prompts = choose_prompts(student, SamplerOptions())
-    source = (
-        load_student(config.model_path, device)
-        if config.is_second_stage
-        else load_teacher(config.dataset_name, config.model_path, device)
-    )
-    teacher = Teacher(source, config, student.sampling)
+    teacher = Teacher(load_source(config, device), config, student.sampling)
     x, given = draw_latents(student, range(count), prompts=prompts)
     sigmas = teacher.sigmas(len(sampler.sigmas))
-    told = replace(source.sampling, num_steps=len(sigmas)).step_condition if config.is_second_stage else None
-    denoise = partial(source.denoise, step_condition=told, **source.conditioning(given))
-    dense = solve(teacher.solver, denoise, x, sigmas, teacher.afs)
-    denoise = partial(student.denoise, step_condition=sampler.step_condition, **student.conditioning(given))
+    dense = solve(teacher.solver, teacher.denoiser(given, len(sigmas)), x, sigmas, teacher.afs)
+    denoise = student.denoiser(given, step_condition=sampler.step_condition)
     sparse = solve(sampler.solver, denoise, x, sampler.sigmas, sampler.afs)
     return Trajectories(dense.flatten(2).cpu(), sparse.flatten(2).cpu(), config.M + 1, sampler.sigmas)
 
@@ -277,18 +269,18 @@ def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> No
     save_figure(figure, dest)
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
-# What to draw instead of losses.
+@section("What to draw instead of losses")
 @click.option("--trajectory", help="States of teacher and student of one run", is_flag=True)
 @click.option("--fd", help="Distances that fid.py recorded; RUN may be its metrics.jsonl too",
               type=click.Choice(["nfe", "kimg"]))  # fmt: skip
-# Trajectories.
-@click.option("--num", help="Seeds, from 0 on", type=click.IntRange(1, 16), default=3)
+@section("Trajectories")
+@click.option("--num", help="Trajectories to draw: seeds 0 to so many", type=click.IntRange(1, 16), default=3)
 @click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
 @click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
 @offline_option
-# Where to.
+@section("Where to")
 @click.option("--dest", help="PNG to write; default: losses.png, trajectory.png or fd-….png of the first RUN",
               metavar="PNG", type=Path)  # fmt: skip
 def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | None, **opts: Any) -> None:
@@ -298,7 +290,7 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
     Examples:
       python -m training.plot 0 1
       python -m training.plot 0 --trajectory
-      python -m training.plot exps/00000-emoji32-4-2-dpmpp-3-poly7-afs --fd=nfe
+      python -m training.plot 0 --fd=nfe --dest=fd.png
     """
     need_matplotlib()
     if trajectory and (fd or len(runs) > 1):

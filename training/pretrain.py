@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration, make_folder, one_line_errors, write_text
+from dnnlib.cli import Command, section
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import read_state, save_network, save_state, usable_state
-from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.random import derive_seed, generator, sample_generators, stacked_randn
 
@@ -245,9 +246,9 @@ def _integers(value: str) -> list[int]:
     return [int(part) for part in value.split(",") if part]
 
 
-@click.command(context_settings={"show_default": True})
-# Data and output.
-@click.option("--data", help="Images: folder or zip", metavar="PATH", required=True)
+@click.command(cls=Command)
+@section("Data and output")
+@click.option("--data", help="Square images of one size: folder or zip", metavar="PATH", required=True)
 @click.option(
     "--outdir", help="Where to save the run; an unfinished one there is continued", metavar="DIR", required=True
 )
@@ -255,28 +256,40 @@ def _integers(value: str) -> list[int]:
     "--cond", help="Train a class-conditional model from the labels of dataset.json", type=bool, default=False
 )
 @click.option("--xflip", help="Mirror half of the images", type=bool, default=False)
-# Network.
+@section("Network")
 @click.option("--channels", help="Width of the first level", type=click.IntRange(min=4), default=32)
 @click.option("--mult", help="Width of each level, in multiples of --channels", metavar="LIST", default="1,2,3")
 @click.option("--blocks", help="Residual blocks per level", type=click.IntRange(min=1), default=1)
 @click.option("--attn", help="Resolutions with self-attention", metavar="LIST", default="8")
 @click.option("--dropout", help="Dropout probability", type=click.FloatRange(0, 1), default=0.0)
-# Optimisation.
+@section("Optimisation")
 @click.option(
     "--kimg", help="Length of the run, thousands of images", type=click.FloatRange(min=0, min_open=True), default=2000
 )
-@click.option("--batch", help="Batch size", type=click.IntRange(min=1), default=64)
-@click.option("--lr", help="Learning rate", type=click.FloatRange(min=0, min_open=True), default=2e-3)
+@click.option("--batch", help="Images in an iteration", type=click.IntRange(min=1), default=64)
+@click.option("--lr", help="Learning rate of Adam, after a warm-up of 10 kimg",
+              type=click.FloatRange(min=0, min_open=True), default=2e-3)  # fmt: skip
 @click.option(
     "--decay", help="Last part of the run over which the rate falls to zero", type=click.FloatRange(0, 1), default=0.3
 )
 @click.option("--ema", help="Half-life of the averaged weights, kimg", type=click.FloatRange(min=0), default=50)
-@click.option("--precision", help="Core of the network; default by device", type=click.Choice(list(PRECISIONS)))
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest", metavar="NAME")
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
+@section("Machine")
+@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@section("Progress")
 @click.option("--snap", help="Save every so many kimg", type=click.FloatRange(min=0, min_open=True), default=50)
+@click.option("-n", "--dry-run", help="Check and print what would be done, then stop", is_flag=True)
 def main(data: str, outdir: str, **opts: Any) -> None:
-    """Train a small EDM teacher on a folder or zip of images, on one device."""
+    """Train a small EDM teacher on a folder or zip of images, on one device.
+
+    The same command continues a run that was stopped.
+
+    \b
+    Examples:
+      python -m training.pretrain --data=my-images --outdir=teachers/mine
+      python -m training.pretrain --data=my-images.zip --outdir=teachers/mine --kimg=5000 --mult=1,2,2 --xflip=True
+    """
     dataset = ImageDataset(data)
     channels, height, width = dataset.load(0).shape
     if height != width:
@@ -300,6 +313,7 @@ def main(data: str, outdir: str, **opts: Any) -> None:
     )
     check_network(network)
     device = pick_device(opts["device"])
+    configure_backends()
     config = PretrainConfig(
         data=data,
         network=network,
@@ -313,6 +327,10 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         seed=opts["seed"],
         snap_kimg=opts["snap"],
     )
+    if opts["dry_run"]:
+        plan = {**asdict(config), "images": len(dataset), "device": str(device), "outdir": outdir}
+        click.echo(json.dumps(plan, indent=2))
+        return
     train(config, device, Path(outdir))
 
 

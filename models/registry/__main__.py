@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, one_line_errors
+from dnnlib.cli import Command, section
 from models.loading import build_on_meta
 from models.registry import ROWS, DatasetRow
 from models.text import VIT_L_14
@@ -94,10 +95,17 @@ def _short(path: str) -> str:
     return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else path
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
+@section("Form")
 @click.option("--json", "as_json", help="Print JSON, with every field", is_flag=True)
 def main(as_json: bool) -> None:
-    """Print the data sets that this program knows, and which of their files are there."""
+    """Print the data sets that this program knows, and which of their files are there.
+
+    \b
+    Examples:
+      python -m models.registry
+      python -m models.registry --json
+    """
     rows = [describe(row) for row in ROWS.values()]
     click.echo(json.dumps(rows, indent=2) if as_json else table(rows))
 
