@@ -158,17 +158,20 @@ def test_a_collapsed_set(small_tiles, fast_type):
 
 
 @pytest.mark.parametrize("dim", [7, 256, 700])
-def test_approximate_distances_keep_their_bound(dim, fast_type):
+@pytest.mark.parametrize("whole", [False, True])
+def test_approximate_distances_keep_their_margin(dim, whole, fast_type):
     rng = np.random.default_rng(dim)
     x = torch.from_numpy(rng.standard_normal([80, dim]) * np.exp(-np.arange(dim) / 50)).float()
     x[40:] = x[:40] * 1.001  # nearly parallel: products are as large as they can be
+    if whole:  # small integers are exact in bfloat16: only their products are rounded
+        x = x.sign() * (8 * x.abs() + 1).floor().clamp(max=9) / 16
     centre = torch.zeros(dim, dtype=torch.float64)
     copy = manifold._Points(x, centre, 0.25, torch.device("cpu")).copy(fast_type)
     exact = (x.double()[:, None] - x.double()).square().sum(-1) / 16
     error = (manifold._approximate(copy, copy, manifold._Workspace(x.device)) - exact).abs()
-    bound = manifold._bound(copy, copy)
-    assert bool((error <= bound).all())
-    assert bool((bound < 0.02 * (copy.squares[:, None] + copy.squares.max())).all())  # or nothing would be certain
+    margin = torch.stack([manifold._margin(copy, copy, limits) for limits in exact.T], dim=1)  # every distance a limit
+    assert bool((error <= margin).all())
+    assert bool((margin < 0.02 * (copy.squares[:, None] + copy.squares.max())).all())  # or nothing would be certain
 
 
 def test_float32_takes_over_where_bfloat16_leaves_too_much_open(small_tiles, monkeypatch):
@@ -182,6 +185,19 @@ def test_float32_takes_over_where_bfloat16_leaves_too_much_open(small_tiles, mon
     used.clear()
     compute_prdc(*(clusters(100, 8, 300, rng) for _ in range(2)), 2)
     assert used.count(torch.float32) > used.count(torch.bfloat16)
+
+
+def test_white_features_leave_little_open(monkeypatch):
+    """All their distances are nearly equal, so this rests on a narrow margin."""
+    used, decided = [], []
+    approximate, exact = manifold._approximate, manifold._exact
+    monkeypatch.setattr(manifold, "_fast_type", lambda device: torch.bfloat16)
+    monkeypatch.setattr(manifold, "_approximate", lambda x, *rest: used.append(x.values.dtype) or approximate(x, *rest))
+    monkeypatch.setattr(manifold, "_exact", lambda x, y, i, j: decided.append(len(i)) or exact(x, y, i, j))
+    rng = np.random.default_rng(0)
+    compute_prdc(*(rng.standard_normal([800, 2048], dtype=np.float32) for _ in range(2)))
+    assert set(used) == {torch.bfloat16}
+    assert sum(decided) < 1600 * 16  # 6 for each are the least
 
 
 def test_bfloat16_is_for_processors_that_multiply_it_faster():

@@ -8,10 +8,10 @@ Comparisons are strict: a feature on the surface is outside.
 All features are centred and scaled together, and copied in a type that the machine multiplies fast: bfloat16 where a
 trial shows that it pays, else float32. Square tiles of squared distances |x|² + |y|² − 2 xy come from products of these
 copies (within a set each pair once), and the full matrix is never held. The copies stand for the features up to errors
-whose lengths are known, so each approximate distance has a bound on its error (`_bound`, which also covers the rounding
-of the products). The numbers are exact for this reason: comparisons that differ by more than the bound are certain, and
-all others, ties and duplicates among them, are made again with distances from differences in float64, added up in the
-same order for every pair. Where bfloat16 leaves too much open (small clusters far apart), float32 takes its place.
+whose lengths are known, so the error of each approximate distance has a bound, which also covers the rounding of the
+products (`_margin`). The numbers are exact for this reason: comparisons that differ by more than the bound are certain,
+and all others, ties and duplicates among them, are made again with distances from differences in float64, added up in
+the same order for every pair. Where bfloat16 leaves too much open (small clusters far apart), float32 takes its place.
 Which type is used changes the time, not the result.
 """
 
@@ -31,7 +31,7 @@ TILE = 2048
 #: Elements of the differences that are formed at a time; small enough for a cache.
 EXACT_BLOCK = 1 << 17
 #: Candidates kept beyond the k nearest. Where more are too close to tell apart, all distances of the row are looked at.
-SPARE = 24
+SPARE = 16
 #: Dimensions in one float32 product. Sums of few terms have a small bound, whatever order the library adds them in.
 TERMS = 256
 #: Where more than one in so many pairs of a tile, or rows of a set, stay open, float32 is cheaper than deciding them.
@@ -90,7 +90,7 @@ class _Workspace:
         self.device = device
         self.memory: dict[str, Tensor] = {}
 
-    def tile(self, name: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def tile(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         count = shape[0] * shape[1]
         if name not in self.memory or len(self.memory[name]) < count:
             self.memory[name] = torch.empty(count, dtype=dtype, device=self.device)
@@ -98,7 +98,7 @@ class _Workspace:
 
 
 def _approximate(x: _Copy, y: _Copy, space: _Workspace) -> Tensor:
-    """Squared distances of a tile in float32, up to `_bound`; valid until the next call with this workspace."""
+    """Squared distances of a tile in float32, exact up to `_margin`; valid until the next call with this workspace."""
     shape = len(x.squares), len(y.squares)
     distances = torch.add(x.squares[:, None], y.squares, out=space.tile("distances", shape))
     if x.values.dtype == torch.bfloat16:
@@ -110,21 +110,26 @@ def _approximate(x: _Copy, y: _Copy, space: _Workspace) -> Tensor:
     return distances
 
 
-def _bound(x: _Copy, y: _Copy) -> Tensor:
-    """Largest error of `_approximate` in each row, `[rows, 1]`.
+def _margin(x: _Copy, y: _Copy, limits: Tensor) -> Tensor:
+    """How far an approximate distance of a row of x to any of y must be from the limit of the row for the exact one to
+    be on the same side of it: float64 `[rows]`, as `limits`.
 
     With x = a + e and y = b + f (rounded values and errors), |xy − ab| ≤ |a||f| + |e||b| + |e||f| (Cauchy-Schwarz). The
     computed ab is off by at most T u |a||b| where T numbers are added up in float32 (u = 2⁻²⁴; counted twice, as units
-    for bfloat16 may round less well), and by 2⁻⁸ |ab| where the product is returned in bfloat16. The third part is the
-    rounding of squares, of limits, and of the sum of |x|², |y|² and P products; the last covers numbers that underflow,
-    features being scaled into ±1.
+    for bfloat16 may round less well). Then comes the rounding of squares, of limits, and of the sum of |x|², |y|² and P
+    products. A product returned in bfloat16 is off by 2⁻⁸ of itself, which is small where vectors are nearly at right
+    angles: for an approximate distance d it is (|x|² + |y|² − d) / 2, and d is replaced by the limit at the cost of a
+    factor 1 / (1 − 2⁻⁸), within the 1.01. The last number covers those that underflow, features being scaled into ±1.
     """
     dim, u = x.values.shape[1], 2.0**-24
     narrow = x.values.dtype == torch.bfloat16
-    relative, products = (2 * dim * u + 2.0**-8, 1) if narrow else (2 * TERMS * u, -(-dim // TERMS))
-    a, e, b, f = x.lengths[:, None], x.errors[:, None], y.lengths.max(), y.errors.max()
-    rounding = (2 * products + 16) * u * (x.squares[:, None] + y.squares.max())
-    return 1.01 * (2 * (a * f + e * b + e * f) + 2 * relative * a * b + rounding) + 2.0**-100
+    terms, products = (dim, 1) if narrow else (TERMS, -(-dim // TERMS))
+    a, e, b, f = x.lengths, x.errors, y.lengths.max(), y.errors.max()
+    low, high = x.squares + y.squares.min(), x.squares + y.squares.max()
+    error = 2 * (a * f + e * b + e * f) + 4 * terms * u * a * b + (2 * products + 16) * u * (high + limits)
+    if narrow:
+        error += 2.0**-8 * torch.maximum((low - limits).abs(), (high - limits).abs())
+    return 1.01 * error + 2.0**-100
 
 
 def _exact(x: _Points, y: _Points, i: Tensor, j: Tensor) -> Tensor:
@@ -198,34 +203,37 @@ def _squared_radii(x: _Points, k: int, dtype: torch.dtype) -> Tensor:
     """Scaled squared distance of each feature to its k-th neighbour, itself not counted: float64 `[N]`."""
     copy = x.copy(dtype)
     nearest = _nearest(copy, min(k + 1 + SPARE, len(x)))
-    # Every one of the k + 1 nearest is within two errors of the approximate (k + 1)-th.
-    near = nearest.values <= nearest.values[:, k, None] + 2 * _bound(copy, copy)
-    complete = near.shape[1] == len(x)
-    crowded = near.all(1) & (not complete)
+    # The largest distance of any k + 1 features limits that of the k + 1 nearest, among which is the row itself.
+    first = torch.arange(len(x), device=x.device).repeat_interleave(k + 1)
+    values = _exact(x, x, first, nearest.indices[:, : k + 1].flatten())
+    limits = values.view(-1, k + 1).amax(1)
+    near = nearest.values <= (limits + _margin(copy, copy, limits))[:, None]
+    crowded = near.all(1) & (near.shape[1] < len(x))
     if dtype != torch.float32 and int(crowded.sum()) * OPEN_ROWS > len(x):
         return _squared_radii(x, k, torch.float32)
+    near[crowded] = False
+    near[:, : k + 1] = False
     i, column = near.nonzero(as_tuple=True)
-    radii = _select(i, _exact(x, x, i, nearest.indices[i, column]), k, len(x))
+    values = torch.cat([values, _exact(x, x, i, nearest.indices[i, column])])
+    radii = _select(torch.cat([first, i]), values, k, len(x))
     for rows in crowded.nonzero()[:, 0].split(TILE // 8):
-        i, j = _all_near(x, rows, k, dtype)
+        i, j = _all_near(x, rows, limits[rows], dtype)
         radii[rows] = _select(i, _exact(x, x, rows[i], j), k, len(rows))
     return radii
 
 
-def _all_near(x: _Points, rows: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pairs (position in `rows`, index) among which are the k + 1 nearest of each row."""
-    copy = x.copy(dtype)
-    part = copy[rows]
+def _all_near(x: _Points, rows: Tensor, limits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pairs (position in `rows`, index) among which are all within the limits of the rows."""
+    part, copy = x.copy(dtype)[rows], x.copy(dtype)
     distances = _approximate(part, copy, _Workspace(x.device))
-    nearest = distances.topk(k + 1, dim=1, largest=False).values
-    i, j = (distances <= nearest[:, k, None] + 2 * _bound(part, copy)).nonzero(as_tuple=True)
-    if dtype != torch.float32 and (len(i) - nearest.numel()) * OPEN_PAIRS > distances.numel():
-        return _all_near(x, rows, k, torch.float32)
+    i, j = (distances <= (limits + _margin(part, copy, limits)).float()[:, None]).nonzero(as_tuple=True)
+    if dtype != torch.float32 and len(i) * OPEN_PAIRS > distances.numel():
+        return _all_near(x, rows, limits, torch.float32)
     return i, j
 
 
 def _select(rows: Tensor, values: Tensor, k: int, count: int) -> Tensor:
-    """The (k + 1)-th smallest value of each row `[count]`; `rows` is ascending and holds each row more than k times."""
+    """The (k + 1)-th smallest value of each row `[count]`; `rows` holds each row more than k times."""
     order = values.argsort()
     order = order[rows[order].argsort(stable=True)]
     sizes = torch.bincount(rows, minlength=count)
@@ -240,11 +248,10 @@ class _Pairs:
     open: tuple[Tensor, Tensor]
 
 
-def _compare(lower: Tensor, width: Tensor, limits: Tensor) -> _Pairs:
-    """Compare distances between `lower` and `lower + width` with limits: float64, one a row or one a column."""
-    middle, slack = limits.float(), limits.float() * 2.0**-22
-    i, j = (lower <= middle + slack).nonzero(as_tuple=True)
-    sure = lower[i, j] + width[i, 0] < (middle - slack).expand(lower.shape)[i, j]
+def _compare(distances: Tensor, limits: Tensor, margin: Tensor) -> _Pairs:
+    """Compare approximate distances with limits: float64, one a row or one a column, and so is the margin."""
+    i, j = (distances <= (limits + margin).float()).nonzero(as_tuple=True)
+    sure = distances[i, j] < (limits - margin).float().expand(distances.shape)[i, j]
     return _Pairs((i[sure], j[sure]), (i[~sure], j[~sure]))
 
 
@@ -261,15 +268,15 @@ class _Counts:
     def add(self, rows: slice, columns: slice, dtype: torch.dtype) -> None:
         """Count the pairs of a tile."""
         x, y = self.real.copy(dtype)[rows], self.fake.copy(dtype)[columns]
-        bound = _bound(x, y)
-        lower = _approximate(x, y, self.space).sub_(bound)
-        inside = _compare(lower, 2 * bound, self.real_radii[rows, None])
-        around = _compare(lower, 2 * bound, self.fake_radii[None, columns])
+        distances = _approximate(x, y, self.space)
+        real_radii, fake_radii = self.real_radii[rows], self.fake_radii[columns]
+        inside = _compare(distances, real_radii[:, None], _margin(x, y, real_radii)[:, None])
+        around = _compare(distances, fake_radii, _margin(y, x, fake_radii))
         self.recalled[around.sure[0] + rows.start] = True
         i, j = around.open[0] + rows.start, around.open[1] + columns.start
         useful = ~self.recalled[i]  # one fake ball is enough
         i, j = i[useful], j[useful]
-        if dtype != torch.float32 and (len(i) + len(inside.open[0])) * OPEN_PAIRS > lower.numel():
+        if dtype != torch.float32 and (len(i) + len(inside.open[0])) * OPEN_PAIRS > distances.numel():
             self.add(rows, columns, torch.float32)
             return
         self.recalled[i[_exact(self.real, self.fake, i, j) < self.fake_radii[j]]] = True
@@ -321,7 +328,8 @@ def precision_recall_density_coverage(
     largest = float(torch.stack([end.double() for s in sets for end in s.aminmax()]).abs().max())  # keeps nan
     if not math.isfinite(largest):
         raise ValueError("features hold a number that is not finite")
-    centre = sum(s.mean(0, dtype=torch.float64) for s in sets).to(device) / 2
+    first, second = (s.mean(0, dtype=torch.float64) for s in sets)
+    centre = (first + second).to(device) / 2
     scale = 2.0 ** -(math.frexp(largest)[1] + 1)  # centred features are within ±1; exact, for it is a power of two
-    points = [_Points(s, centre, scale, device) for s in sets]
-    return _prdc(*points, nearest_k, _fast_type(device))
+    real_points, fake_points = (_Points(s, centre, scale, device) for s in sets)
+    return _prdc(real_points, fake_points, nearest_k, _fast_type(device))
