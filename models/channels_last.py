@@ -48,7 +48,8 @@ class GroupNormFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
     ) -> Tensor:
         work, y = _Work(x, groups), torch.empty_like(x)
-        w, beta, m = (work.by_group(value) for value in (weight, bias, shift))
+        w, beta = work.by_group(weight), work.by_group(bias)
+        m = None if shift is None else work.by_group(shift)
         saved = []
         for part, pixels, spare in work.parts(x):
             s1 = pixels.sum(1).view(work.groups)
@@ -91,8 +92,12 @@ class GroupNormFunction(torch.autograd.Function):
             own.append((grad_w, b, scale * b + k * s1 + work.count * c))
         grads: list[Tensor | None] = []
         for values, kind in zip(zip(*own), ctx.inputs):
-            value = None if kind is None else torch.cat(values).flatten(1)
-            grads.append(None if kind is None else (value.sum(0) if kind[1] else value).to(kind[0]))
+            if kind is None:
+                grads.append(None)
+                continue
+            dtype, is_shared = kind
+            value = torch.cat(values).flatten(1)
+            grads.append((value.sum(0) if is_shared else value).to(dtype))
         return grad_x, *grads, None, None, None
 
 
@@ -110,9 +115,9 @@ class _Work:
         """Room for the largest part."""
         return self._empty()
 
-    def by_group(self, value: Tensor | None) -> Tensor | None:
+    def by_group(self, value: Tensor) -> Tensor:
         """`[C]` or `[B, C]` as `[1 or B, groups, channels of a group]`."""
-        return None if value is None else value.to(self.dtype).reshape(self.groups)
+        return value.to(self.dtype).reshape(self.groups)
 
     def mean(self, sums: Tensor) -> Tensor:
         """Mean over the pixels and channels of a group, from sums over pixels; `[B, groups, 1]`."""

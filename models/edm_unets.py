@@ -17,7 +17,6 @@ from .unet_layers import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,
-    Init,
     Linear,
     PositionalEmbedding,
     UNetBlock,
@@ -56,11 +55,11 @@ class _UNet(nn.Module):
         img_resolution: int,
         num_blocks: int,
         attn_resolutions: Sequence[int],
-        init: dict[str, Init],
+        init: dict[str, Any],
     ) -> int:
         """Make `enc` and `dec` under the published names; returns the channels of the last block."""
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        cout = stem
+        cout, skips = stem, [stem]
         for level, width in enumerate(widths):
             size = img_resolution >> level
             name = f"{size}x{size}"
@@ -69,10 +68,11 @@ class _UNet(nn.Module):
             else:
                 self.enc[f"{name}_down"] = UNetBlock(cout, cout, down=True, **self._block)
                 self._add_encoder_aux(name, cout)
+                skips.append(cout)
             for i in range(num_blocks):
                 self.enc[f"{name}_block{i}"] = UNetBlock(cout, width, attention=size in attn_resolutions, **self._block)
                 cout = width
-        skips = [block.out_channels for name, block in self.enc.items() if "aux" not in name]
+                skips.append(cout)
         for level in range(len(widths) - 1, -1, -1):
             size = img_resolution >> level
             name = f"{size}x{size}"
@@ -95,15 +95,13 @@ class _UNet(nn.Module):
     def _add_decoder_aux(self, name: str, is_first: bool, is_last: bool, channels: int) -> None:
         """Layers beside the decoder at the end of a resolution, for a subclass that has them."""
 
-    def _build_step_mapping(self, embedding: nn.Module, channels: int, init: dict[str, Init]) -> None:
+    def _build_step_mapping(self, embedding: nn.Module, channels: int, init: dict[str, Any]) -> None:
         self.map_step = embedding
         self.map_step_layer0 = Linear(channels, self._block["emb_channels"], **init)
         self.map_step_layer1 = Linear(self._block["emb_channels"], self._block["emb_channels"], **init)
 
-    def _step_embedding(self, step_condition: Tensor | None, batch: int) -> Tensor | None:
+    def embed_steps(self, step_condition: Tensor, batch: int) -> Tensor:
         """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
-        if step_condition is None:
-            return None
         if not self.use_step_condition:
             raise ValueError("this network has no step-condition layers; build it with use_step_condition=True")
         emb = self._map_step_input(step_condition.reshape(-1))
@@ -176,7 +174,7 @@ class SongUNet(_UNet):
         init = xavier_uniform()
         self._encoder_type, self._decoder_type = encoder_type, decoder_type
         self._aux_channels, self._out_channels = in_channels, out_channels
-        self._resampling = dict(resample_filter=resample_filter)
+        self._taps = resample_filter
         self._attends_throughout = False
         self._block = dict(
             emb_channels=emb_channels,
@@ -213,17 +211,18 @@ class SongUNet(_UNet):
     def _add_encoder_aux(self, name: str, channels: int) -> None:
         caux, init = self._aux_channels, self._block["init"]
         if self._encoder_type == "skip":
-            self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, kernel=0, down=True, **self._resampling)
+            self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, kernel=0, down=True, resample_filter=self._taps)
             self.enc[f"{name}_aux_skip"] = Conv2d(caux, channels, kernel=1, init=init)
         if self._encoder_type == "residual":
-            resampling = dict(down=True, fused=True, **self._resampling)
-            self.enc[f"{name}_aux_residual"] = Conv2d(caux, channels, kernel=3, init=init, **resampling)
+            self.enc[f"{name}_aux_residual"] = Conv2d(
+                caux, channels, kernel=3, init=init, down=True, fused=True, resample_filter=self._taps
+            )
             self._aux_channels = channels
 
     def _add_decoder_aux(self, name: str, is_first: bool, is_last: bool, channels: int) -> None:
         out = self._out_channels
         if self._decoder_type == "skip" and not is_first:
-            self.dec[f"{name}_aux_up"] = Conv2d(out, out, kernel=0, up=True, **self._resampling)
+            self.dec[f"{name}_aux_up"] = Conv2d(out, out, kernel=0, up=True, resample_filter=self._taps)
         if self._decoder_type == "skip" or is_last:
             self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
             self.dec[f"{name}_aux_conv"] = Conv2d(channels, out, kernel=3, init=self._block["init_last"])
@@ -249,7 +248,7 @@ class SongUNet(_UNet):
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         emb = F.silu(self.map_layer1(emb)).expand(len(x), -1)
-        step_emb = self._step_embedding(step_condition, len(x))
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
         x, skips = self._encode(x, emb, step_emb)
         return self._decode(x, skips, emb, step_emb, skip_tuning)
 
@@ -268,9 +267,11 @@ class SongUNet(_UNet):
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None, skip_tuning: bool) -> Tensor:
+    def _decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None, skip_tuning: bool
+    ) -> Tensor:
         scales = _skip_scales(len(skips), skip_tuning)
-        image: Tensor | None = None
+        image: Any = None  # images from the first aux_conv on
         for name, block in self.dec.items():
             if "aux_up" in name:
                 image = block(image)
@@ -308,7 +309,7 @@ class DhariwalUNet(_UNet):
         self.label_dropout, self.use_step_condition = label_dropout, use_step_condition
         emb_channels = model_channels * channel_mult_emb
         third = kaiming_uniform(math.sqrt(1 / 3))
-        own = dict(init=third, init_bias=third)
+        own: dict[str, Any] = dict(init=third, init_bias=third)
         self._attends_throughout = True
         self._block = dict(
             emb_channels=emb_channels, dropout=dropout, use_step_condition=use_step_condition, init_last=zeros, **own
@@ -344,7 +345,7 @@ class DhariwalUNet(_UNet):
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels))
         emb = F.silu(emb).expand(len(x), -1)
-        step_emb = self._step_embedding(step_condition, len(x))
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
 
         skips: list[Tensor] = []
         for block in self.enc.values():

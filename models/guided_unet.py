@@ -14,26 +14,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .unet_layers import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, kaiming_uniform, zeros
+from .unet_layers import (
+    QKV,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    Pointwise,
+    PositionalEmbedding,
+    Weighted,
+    arrange,
+    attend,
+    attend_to_pixels,
+    kaiming_uniform,
+    zeros,
+)
 
 ATTENTION_TYPES = ("legacy", "flash", "transformer")
 #: What torch's own layers start from: weights and biases U(-a, a) with a = 1/√fan_in.
 INIT = kaiming_uniform(math.sqrt(1 / 3))
-OWN = dict(init=INIT, init_bias=INIT)
+OWN: dict[str, Any] = dict(init=INIT, init_bias=INIT)
 
 
 def _norm(channels: int, eps: float = 1e-5) -> GroupNorm:
     return GroupNorm(channels, eps, min_channels=1)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Weighted):
     """Normalisation over the last dimension."""
+
+    weight: nn.Parameter
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,20 +57,14 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.layer_norm(x, self.weight.shape, *self._weights(x))
 
 
-class Pointwise(nn.Module):
-    """A linear map of the channels of `[B, C, N]`; its weight has `dims` trailing dimensions of 1, as published."""
+class StridedConv2d(Conv2d):
+    """Convolution at every second pixel."""
 
-    def __init__(self, in_channels: int, out_channels: int, dims: int, init: Init = INIT) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(init([out_channels, in_channels] + [1] * dims, in_channels, out_channels))
-        self.bias = nn.Parameter(init([out_channels], in_channels, out_channels))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        bias = self.bias if bias is None else bias
-        return F.conv1d(x, self.weight.flatten(1)[:, :, None].to(x.dtype), bias.to(x.dtype))
+    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
+        return F.conv2d(x, *self._weights(x, gain), stride=2, padding=padding)
 
 
 class Downsample(nn.Module):
@@ -62,10 +72,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = Conv2d(channels, channels, kernel=3, **OWN)
+        self.op = StridedConv2d(channels, channels, kernel=3, **OWN)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.op.weight.to(x.dtype), self.op.bias.to(x.dtype), stride=2, padding=1)
+        return self.op(x)
 
 
 class Upsample(nn.Module):
@@ -82,7 +92,8 @@ class Upsample(nn.Module):
 class ResBlock(nn.Module):
     """Residual block with noise-level modulation and optional ×2 resampling, `[B, in, H, W]` → `[B, out, H', W']`.
 
-    The step condition modulates in the same way, after the noise level.
+    The step condition modulates in the same way, after the noise level. The activations have their published places
+    among the layers, and are computed with the normalisations before them.
     """
 
     def __init__(
@@ -114,20 +125,18 @@ class ResBlock(nn.Module):
             self.skip_connection = Conv2d(in_channels, out_channels, kernel=1, **OWN)
 
     def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(self._resample(activation(norm(x))))
+        norm, _, conv = self.in_layers
+        h = conv(self._resample(norm(x, silu=True)))
         x = self._resample(x)
-        modulations = [self.emb_layers(emb)] + ([] if step_emb is None else [self.emb_nfe_layers(step_emb)])
-        modulations = [m[:, :, None, None].to(h.dtype) for m in modulations]
+        modulations = [self.emb_layers(emb)]
+        if self.emb_nfe_layers is not None and step_emb is not None:
+            modulations.append(self.emb_nfe_layers(step_emb))
+        norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            h = self.out_layers[0](h)
-            for modulation in modulations:
-                scale, shift = modulation.chunk(2, dim=1)
-                h = torch.addcmul(shift, h, scale + 1)
-            h = self.out_layers[1:](h)
+            h = norm(h, silu=True, modulations=[m.chunk(2, dim=1) for m in modulations])
         else:
-            h = self.out_layers(h + sum(modulations))
-        return (x if self.skip_connection is None else self.skip_connection(x)) + h
+            h = norm(h, silu=True, shift=sum(modulations[1:], modulations[0]))
+        return (x if self.skip_connection is None else self.skip_connection(x)) + conv(dropout(h))
 
     def _resample(self, x: Tensor) -> Tensor:
         if self.up:
@@ -141,20 +150,13 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int, layout: str) -> None:
         super().__init__()
         dims = 2 if layout == "flash" else 1
-        self._split = (3, num_heads, -1) if layout == "flash" else (num_heads, 3, -1)
+        self.num_heads = num_heads
         self.norm = _norm(channels)
-        self.qkv = Pointwise(channels, 3 * channels, dims)
+        self.qkv = QKV(channels, num_heads if layout == "legacy" else 1, dims, **OWN)
         self.proj_out = Pointwise(channels, channels, dims, init=zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        axis = self._split.index(3)
-        # Softmax ignores what a key bias adds: its gradient would be rounding noise, so it gets none.
-        q, k, v = self.qkv.bias.unflatten(0, self._split).unbind(axis)
-        bias = torch.stack([q, k.detach(), v], dim=axis).flatten()
-        qkv = self.qkv(self.norm(x).flatten(2), bias).unflatten(1, self._split)
-        q, k, v = (part.transpose(2, 3) for part in qkv.unbind(axis + 1))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
-        return x + self.proj_out(out).reshape(x.shape)
+        return x + self.proj_out(attend_to_pixels(self.qkv(self.norm(x)), self.num_heads))
 
 
 class CrossAttention(nn.Module):
@@ -173,7 +175,7 @@ class CrossAttention(nn.Module):
             return value.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
         q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GatedLinear(nn.Module):
@@ -225,16 +227,16 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context_dim: int, num_heads: int, depth: int) -> None:
         super().__init__()
         self.norm = _norm(channels, eps=1e-6)
-        self.proj_in = Pointwise(channels, channels, 2)
+        self.proj_in = Conv2d(channels, channels, kernel=1, **OWN)
         blocks = (TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = Pointwise(channels, channels, 2, init=zeros)
+        self.proj_out = Conv2d(channels, channels, kernel=1, init=zeros)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x).flatten(2)).transpose(1, 2)
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(1, 2)).reshape(x.shape)
+        return x + self.proj_out(arrange(h.transpose(1, 2).reshape(x.shape)))
 
 
 class GuidedUNet(nn.Module):
@@ -288,7 +290,7 @@ class GuidedUNet(nn.Module):
         self.use_step_condition, self.context_dim = use_step_condition, context_dim
         self.gradient_checkpointing = False
         emb_channels = 4 * model_channels
-        block = dict(
+        block: dict[str, Any] = dict(
             emb_channels=emb_channels,
             dropout=dropout,
             use_scale_shift_norm=use_scale_shift_norm,
@@ -296,13 +298,12 @@ class GuidedUNet(nn.Module):
         )
 
         def attention(channels: int) -> nn.Module:
-            heads = num_heads if num_head_channels is None else channels / num_head_channels
+            heads = (num_heads or 0) if num_head_channels is None else channels / num_head_channels
             if heads < 1 or channels % heads or heads != int(heads):
                 raise ValueError(f"{channels} channels do not split into {heads:g} heads")
-            heads = int(heads)
-            if attention_type == "transformer":
-                return SpatialTransformer(channels, context_dim, heads, transformer_depth)
-            return SelfAttention(channels, heads, attention_type)
+            if context_dim is not None:
+                return SpatialTransformer(channels, context_dim, int(heads), transformer_depth)
+            return SelfAttention(channels, int(heads), attention_type)
 
         self.positions = PositionalEmbedding(model_channels)
         self.time_embed = _embedding_layers(model_channels, emb_channels)
@@ -312,7 +313,7 @@ class GuidedUNet(nn.Module):
         skips = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(channels, model_channels * mult, **block)]
+                layers: list[nn.Module] = [ResBlock(channels, model_channels * mult, **block)]
                 channels = model_channels * mult
                 if 2**level in attention_resolutions:
                     layers.append(attention(channels))
@@ -349,27 +350,31 @@ class GuidedUNet(nn.Module):
         """
         if (context is None) != (self.context_dim is None):
             raise ValueError("a network with transformer blocks needs a context, another one takes none")
-        if step_condition is not None and self.nfe_embed is None:
-            raise ValueError("this network has no step-condition layers; build it with use_step_condition=True")
         emb = self.time_embed(self.positions(times)).expand(len(x), -1)
-        step_emb = None
-        if step_condition is not None:
-            step_emb = self.nfe_embed(self.positions(step_condition.reshape(-1))).expand(len(x), -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
         if context is not None:
             context = context.to(x.dtype)
-        skips = []
+        x, skips = arrange(x), []
         for layers in self.input_blocks:
             x = self._run(layers, x, emb, step_emb, context)
             skips.append(x)
         x = self._run(self.middle_block, x, emb, step_emb, context)
         for layers in self.output_blocks:
             x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, step_emb, context)
-        return self.out(x)
+        norm, _, conv = self.out
+        return conv(norm(x, silu=True))
+
+    def embed_steps(self, step_condition: Tensor, batch: int) -> Tensor:
+        """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
+        if self.nfe_embed is None:
+            raise ValueError("this network has no step-condition layers; build it with use_step_condition=True")
+        return self.nfe_embed(self.positions(step_condition.reshape(-1))).expand(batch, -1)
 
     def _run(
-        self, layers: nn.ModuleList, x: Tensor, emb: Tensor, step_emb: Tensor | None, context: Tensor | None
+        self, layers: nn.Module, x: Tensor, emb: Tensor, step_emb: Tensor | None, context: Tensor | None
     ) -> Tensor:
-        for layer in layers:
+        arguments: tuple[Tensor | None, ...]
+        for layer in layers.children():
             if isinstance(layer, ResBlock):
                 arguments = (x, emb, step_emb)
             elif isinstance(layer, SpatialTransformer):

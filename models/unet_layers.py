@@ -1,4 +1,4 @@
-"""Layers shared by the EDM U-Nets, under the parameter names of the published checkpoints.
+"""Layers shared by the U-Nets, under the parameter names of the published checkpoints.
 
 A layer computes in the dtype of its input and casts its own float32 weights to it, so one float32 module serves a
 half-precision core (Karras et al. 2022, arXiv 2206.00364, appendix C). The embedding branch stays float32: it is tiny
@@ -18,6 +18,8 @@ from torch_utils.device import fast_path
 from .channels_last import GroupNormFunction, is_channels_last
 
 Init = Callable[[Sequence[int], int, int], Tensor]
+#: Weight, and bias or None, as a layer computes with them.
+Weights = tuple[Tensor, Any]
 
 
 def xavier_uniform(gain: float = 1.0) -> Init:
@@ -49,9 +51,9 @@ class Weighted(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     #: What `_weights` gave, for which parameters, and their state at that time.
-    _kept: tuple[list[Tensor | None], list[Tensor | None], tuple[Any, ...]] | None = None
+    _kept: tuple[Weights, list[nn.Parameter | None], tuple[object, ...]] | None = None
 
-    def _weights(self, x: Tensor, gain: float = 1.0) -> list[Tensor | None]:
+    def _weights(self, x: Tensor, gain: float = 1.0) -> Weights:
         """Weight and bias times `gain`, in the dtype and memory order of `x`; kept where they are not trained."""
         own = [self.weight, self.bias]
         if not fast_path().keep_weights or any(p is not None and p.requires_grad for p in own):
@@ -63,11 +65,14 @@ class Weighted(nn.Module):
             self._kept = (self._convert(x, gain), own, state)
         return self._kept[0]
 
-    def _convert(self, x: Tensor, gain: float) -> list[Tensor | None]:
-        own = [None if p is None else (p if gain == 1 else p * gain).to(x.dtype) for p in (self.weight, self.bias)]
-        if own[0] is not None and own[0].ndim == x.ndim == 4 and is_channels_last(x):
-            own[0] = own[0].contiguous(memory_format=torch.channels_last)
-        return own
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        own = (self.weight, self.bias)
+        weight, bias = (None if p is None else (p if gain == 1 else p * gain).to(x.dtype) for p in own)
+        if weight is None:
+            raise ValueError("a layer without weights only resamples")
+        if weight.ndim == x.ndim == 4 and is_channels_last(x):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, bias
 
 
 class Linear(Weighted):
@@ -96,6 +101,8 @@ class Conv2d(Weighted):
 
     `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does.
     """
+
+    resample_filter: Tensor  # None where nothing is resampled
 
     def __init__(
         self,
@@ -138,7 +145,7 @@ class Conv2d(Weighted):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """The result times `gain`, for a layer with weights."""
         pad = 0 if self.weight is None else self.weight.shape[-1] // 2
-        filter_pad = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
+        filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
         if self.fused and self.weight is not None and (self.up or self.down):
             if self.up:
                 return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0), gain)
@@ -154,18 +161,39 @@ class Conv2d(Weighted):
         return x if self.weight is None else self._convolve(x, pad, gain)
 
 
-class QKV(Conv2d):
+class Pointwise(Conv2d):
+    """1×1 convolution whose published weight has `dims` trailing dimensions of 1."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, in_channels: int, out_channels: int, dims: int, init: Init = DEFAULT_INIT, init_bias: Init = zeros
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel=1, init=init, init_bias=init_bias)
+        self.weight = nn.Parameter(self.weight.detach().reshape([out_channels, in_channels] + [1] * dims))
+
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        weight, bias = super()._convert(x, gain)
+        return weight.flatten(1)[:, :, None, None], bias
+
+
+class QKV(Pointwise):
     """1×1 convolution to queries, keys and values: three blocks of channels, each in the order (head, channel).
 
-    The published weights have the order (head, channel, q/k/v). Softmax ignores what a key bias adds, so its gradient
-    is rounding noise, which Adam would turn into steps of full size: it gets none.
+    The published weights have `parts` of queries, keys and values each: as many as channels, as heads, or one. Softmax
+    ignores what a key bias adds, so its gradient is rounding noise, which Adam would turn into steps of full size: it
+    gets none.
     """
 
-    def _convert(self, x: Tensor, gain: float) -> list[Tensor | None]:
-        weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1) for p in super()._convert(x, gain))
-        q, k, v = bias
-        order = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        return [weight.flatten(0, 1).contiguous(memory_format=order), torch.cat([q, k.detach(), v])]
+    def __init__(self, channels: int, parts: int, dims: int = 2, **init: Init) -> None:
+        super().__init__(channels, 3 * channels, dims, **init)
+        self._split = (parts, 3, channels // parts)
+
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        own = super()._convert(x, gain)
+        weight, bias = (p.unflatten(0, self._split).transpose(0, 1).flatten(0, 2) for p in own)
+        q, k, v = bias.chunk(3)
+        return weight, torch.cat([q, k.detach(), v])
 
 
 def _outer_filter(resample_filter: Sequence[float]) -> Tensor:
@@ -196,7 +224,8 @@ class GroupNorm(nn.Module):
         Shifts and scales are `[B, channels]`, float32.
         """
         if fast_path().folding and is_channels_last(x):
-            weight, bias = self.weight, self.bias
+            weight: Tensor = self.weight
+            bias: Tensor = self.bias
             for scale, offset in modulations:
                 weight, bias = weight * (scale + 1), torch.addcmul(offset, bias, scale + 1)
             return GroupNormFunction.apply(x, weight, bias, shift, self.groups, self.eps, silu)
@@ -212,6 +241,22 @@ def arrange(x: Tensor) -> Tensor:
     """Images in the memory order that the layers are fastest in on their device."""
     fastest = x.device.type in fast_path().channels_last
     return x.contiguous(memory_format=torch.channels_last if fastest else torch.contiguous_format)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`."""
+    if fast_path().sdpa:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = torch.einsum("bhqc,bhkc->bhqk", q.float(), k.float() / math.sqrt(q.shape[3]))
+    return torch.einsum("bhqk,bhkc->bhqc", scores.softmax(3).to(v.dtype), v)
+
+
+def attend_to_pixels(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention among the pixels of images, `[B, 3·C, H, W]` as from `QKV` → `[B, C, H, W]`."""
+    b, c, h, w = qkv.shape
+    split = (b, h * w, 3, num_heads, c // (3 * num_heads))
+    q, k, v = (part.transpose(1, 2) for part in qkv.permute(0, 2, 3, 1).reshape(split).unbind(2))
+    return arrange(attend(q, k, v).transpose(1, 2).reshape(b, h, w, c // 3).permute(0, 3, 1, 2))
 
 
 def _spread(value: Tensor, x: Tensor) -> Tensor:
@@ -235,6 +280,8 @@ class PositionalEmbedding(nn.Module):
 
 class FourierEmbedding(nn.Module):
     """`[B]` → `[B, channels]`: cosines, then sines, of random frequencies kept in a buffer (NCSN++)."""
+
+    freqs: Tensor
 
     def __init__(self, channels: int, scale: float = 16) -> None:
         super().__init__()
@@ -280,8 +327,8 @@ class UNetBlock(nn.Module):
         self.out_channels = out_channels
         self.num_heads = 0 if not attention else num_heads or out_channels // channels_per_head
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
-        own = dict(init=init, init_bias=init_bias)
-        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+        own: dict[str, Any] = dict(init=init, init_bias=init_bias)
+        resampling: dict[str, Any] = dict(up=up, down=down, resample_filter=resample_filter)
         modulations = out_channels * (2 if adaptive_scale else 1)
 
         self.norm0 = GroupNorm(in_channels, eps)
@@ -297,8 +344,8 @@ class UNetBlock(nn.Module):
             self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resampling, **own)
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, eps)
-            attention_bias = dict(init_bias=init_bias if init_attention is None else zeros)
-            self.qkv = QKV(out_channels, 3 * out_channels, kernel=1, init=init_attention or init, **attention_bias)
+            bias = init_bias if init_attention is None else zeros
+            self.qkv = QKV(out_channels, out_channels, init=init_attention or init, init_bias=bias)
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
@@ -310,7 +357,10 @@ class UNetBlock(nn.Module):
         h = self._modulate(h, emb, step_emb)
         h = self.conv1(F.dropout(h, self.dropout, training=self.training), gain)
         x = self._join(h, residual, self.skip is not None and self.skip.weight is not None)
-        return self._join(self._attend(self.norm2(x), gain), x) if self.num_heads else x
+        if not self.num_heads:
+            return x
+        out = attend_to_pixels(self.qkv(self.norm2(x)), self.num_heads)
+        return self._join(self.proj(out, gain), x)
 
     def _join(self, x: Tensor, residual: Tensor, scaled: bool = False) -> Tensor:
         """(x + residual) · skip_scale, where with folding x has the factor already, and a `scaled` residual too."""
@@ -319,20 +369,9 @@ class UNetBlock(nn.Module):
         return torch.add(x, residual, alpha=1.0 if scaled else self.skip_scale)
 
     def _modulate(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> Tensor:
-        modulations = [self.affine(emb)] + ([] if step_emb is None else [self.affine_step(step_emb)])
+        modulations = [self.affine(emb)]
+        if self.affine_step is not None and step_emb is not None:
+            modulations.append(self.affine_step(step_emb))
         if not self.adaptive_scale:
             return self.norm1(x, silu=True, shift=sum(modulations[1:], modulations[0]))
         return self.norm1(x, silu=True, modulations=[m.chunk(2, dim=1) for m in modulations])
-
-    def _attend(self, x: Tensor, gain: float) -> Tensor:
-        b, c, h, w = x.shape
-        split = (b, h * w, 3, self.num_heads, c // self.num_heads)
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(split)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        if fast_path().sdpa:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            scores = torch.einsum("bhqc,bhkc->bhqk", q.float(), k.float() / math.sqrt(q.shape[3]))
-            out = torch.einsum("bhqk,bhkc->bhqc", scores.softmax(3).to(v.dtype), v)
-        out = out.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
-        return self.proj(arrange(out), gain)

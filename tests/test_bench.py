@@ -4,15 +4,17 @@ import json
 import re
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import click
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from golden_files import Golden
 from published import known_as_published
 from test_distill import make_distiller, relative
+from test_guided_unet import LATENT, consistency_network, latent_network
 from test_networks import NETS, build
 from tiny import invoke, newest_student, only_run, same, teacher, train_flags, weights
 
@@ -20,6 +22,7 @@ import models.channels_last
 from models import EDMPrecond
 from models.channels_last import GroupNormFunction
 from models.loading import build_on_meta
+from models.precond import Precond
 from models.registry import get_row
 from models.unet_layers import Conv2d, GroupNorm
 from torch_utils import device as devices
@@ -29,37 +32,73 @@ from training.config import DistillConfig
 
 #: Of the largest value: float32 rounds differently in another order; half precision has 8 bits.
 SAME, HALF = 1e-5, 2e-2
+NAMES = [*(name for _, name in NETS), *LATENT, "cm"]
 SWITCHES = [f.name for f in fields(FastPath) if f.name in ("channels_last", "sdpa", "folding", "keep_weights")]
 TINY = dict(img_resolution=16, img_channels=3, model_type="SongUNet", model_channels=16, channel_mult=[1, 2],
             num_blocks=1, attn_resolutions=[8])  # fmt: skip
 
 
-def outputs(net: EDMPrecond, golden: Golden, name: str, path: FastPath) -> torch.Tensor:
-    labels = golden[f"{name}/labels"] if f"{name}/labels" in golden else None
+def load(name: str) -> tuple[Precond, dict[str, Any]]:
+    """A recorded network and what to call it with."""
+    if name == "cm":
+        net, golden = consistency_network()
+        return net, dict(x=golden["x"], sigma=golden["sigma"])
+    net, golden = latent_network(name) if name in LATENT else build({n: file for file, n in NETS}[name], name)
+    inputs: dict[str, Any] = dict(x=golden[f"{name}/x"], sigma=golden[f"{name}/sigma"], step_condition=5.0)
+    for key, argument in (("labels", "class_labels"), ("context", "condition")):
+        if f"{name}/{key}" in golden:
+            inputs[argument] = golden[f"{name}/{key}"]
+    return net, inputs
+
+
+def outputs(net: Precond, inputs: dict[str, Any], path: FastPath) -> torch.Tensor:
     with use_path(path):
-        return net(golden[f"{name}/x"], golden[f"{name}/sigma"], labels, step_condition=5)
+        return net(**inputs)
 
 
-@pytest.mark.parametrize("file, name", NETS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("switch", [*SWITCHES, "all"])
-def test_every_fast_way_gives_the_plain_outputs(file, name, switch):
-    net, golden = build(file, name)
+def test_every_fast_way_gives_the_plain_outputs(name, switch):
+    net, inputs = load(name)
     path = FastPath() if switch == "all" else replace(PLAIN, **{switch: getattr(FastPath(), switch)})
-    plain = outputs(net, golden, name, PLAIN)
-    assert relative(outputs(net, golden, name, path), plain) < SAME
+    plain = outputs(net, inputs, PLAIN)
+    assert relative(outputs(net, inputs, path), plain) < SAME
     net.compute_dtype = torch.bfloat16
-    half = relative(outputs(net, golden, name, path), plain)
+    half = relative(outputs(net, inputs, path), plain)
     assert 0 < half < HALF
 
 
-@pytest.mark.parametrize("file, name", NETS)
-def test_fast_gradients_are_the_plain_ones(file, name):
-    net, golden = build(file, name)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("path", [PLAIN, FastPath()], ids=["plain", "fast"])
+def test_layers_see_the_layout_and_attention_of_the_path(name, path):
+    net, inputs = load(name)
+    order = torch.channels_last if path.channels_last else torch.contiguous_format
+    seen = []
+
+    def look(layer: Conv2d, args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        seen.append(args[0].is_contiguous(memory_format=order))
+
+    for layer in net.modules():
+        if isinstance(layer, Conv2d):
+            layer.register_forward_hook(look)
+    function = "scaled_dot_product_attention"
+    with (
+        mock.patch.object(F, function, wraps=getattr(F, function)) as fused,
+        mock.patch.object(GroupNormFunction, "apply", wraps=GroupNormFunction.apply) as norm,
+    ):
+        outputs(net, inputs, path)
+    assert len(seen) > 10 and all(seen)
+    assert fused.called == path.sdpa and norm.called == path.folding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fast_gradients_are_the_plain_ones(name):
+    net, inputs = load(name)
     net.requires_grad_(True)
     gradients = []
     for path in (PLAIN, FastPath()):
         net.zero_grad()
-        outputs(net, golden, name, path).square().sum().backward()
+        outputs(net, inputs, path).square().sum().backward()
         gradients.append({key: p.grad.clone() for key, p in net.named_parameters() if p.grad is not None})
     plain, fast = gradients
     assert plain.keys() == fast.keys()
@@ -68,7 +107,7 @@ def test_fast_gradients_are_the_plain_ones(file, name):
         assert (fast[key] - gradient).abs().max() < 1e-4 * gradient.abs().max() + 1e-6 * largest, key
 
 
-def test_a_training_iteration_is_the_plain_one():
+def test_a_training_iteration_is_the_plain_one(capsys):
     noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     results = []
     for path in (PLAIN, FastPath()):
@@ -76,9 +115,23 @@ def test_a_training_iteration_is_the_plain_one():
             distiller = make_distiller("sfd", dropout=0.0)
             targets, states = distiller.iterate(noise, None, distiller.config.num_steps)
             results.append((targets, states, distiller.losses.flush()))
+            assert distiller.optimizer.defaults["fused"] == path.fused_optimizer
+            assert bool(capsys.readouterr().out) == (not path.no_waiting)
     for plain, fast in zip(results[0][:2], results[1][:2]):
         assert relative(fast, plain) < 1e-4
     assert results[1][2] == pytest.approx(results[0][2], rel=1e-4)
+
+
+def test_the_fused_optimizer_takes_the_plain_steps():
+    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (False, True):
+        with use_path(FastPath(fused_optimizer=fused)):
+            distiller = make_distiller("sfd", dropout=0.0)
+            distiller.iterate(noise, None, distiller.config.num_steps)
+            found.append([p.detach() for p in distiller.trained])
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -244,9 +297,12 @@ def run_bench(tmp_path, *args: str) -> dict:
     return results
 
 
-def test_benchmark_of_a_small_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_benchmark_of_a_small_network(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(bench, "build_on_meta", lambda row: tiny_on_meta())
-    results = run_bench(tmp_path, "--switches", "--precision=fp32")
+    if not whole:  # random weights for the detector take seconds
+        monkeypatch.setattr(bench, "InceptionV3", torch.nn.Identity)
+    results = run_bench(tmp_path, "--precision=fp32", *["--switches"] * whole)
     rows = {row["stage"]: row for row in results["rows"]}
     flops = results["flops_per_evaluation"] * 4
     assert rows["training iteration"]["flops"] == 18 * flops and rows["sampling, NFE 5"]["flops"] == 5 * flops
@@ -254,10 +310,18 @@ def test_benchmark_of_a_small_network(tmp_path, monkeypatch):
         row = rows[name]
         assert row["ratio_to_plain"] == pytest.approx(row["plain"] / row["seconds"])
         assert row["share_of_peak"] == pytest.approx(row["flops"] / row["seconds"] / results["matrix_peaks"]["fp32"])
-    assert {f"without {name}" for name in SWITCHES} <= results["switches"].keys()
+    assert results["switches"].keys() == ({f"without {f.name}" for f in fields(FastPath)} if whole else set())
+    assert all(row["runs"] == 1 for row in rows.values())
     assert any("PRDC" in name for name in rows) and any("Fréchet" in name for name in rows)
 
 
+def test_slow_stages_run_less_often(monkeypatch):
+    assert list(bench.rounds(3)) == [0, 1, 2]
+    monkeypatch.setattr(bench, "STAGE_SECONDS", 0.0)
+    assert list(bench.rounds(3)) == [0]
+
+
+@pytest.mark.slow
 def test_benchmark_of_a_latent_model(tmp_path):
     with known_as_published("ms_coco", tmp_path):
         rows = {row["stage"]: row for row in run_bench(tmp_path, "--dataset_name=ms_coco")["rows"]}

@@ -21,7 +21,7 @@ class FastPath:
     """Ways of computing the same numbers, up to rounding, in less time; docs/speed.md says what each is worth.
 
     Attributes:
-        channels_last: devices on which the EDM networks keep the channels of a pixel side by side.
+        channels_last: devices on which the U-Nets keep the channels of a pixel side by side.
         sdpa: fused attention, instead of two products and a softmax.
         folding: constant factors and shifts go into weights and norms, 1×1 convolutions run at the lower resolution.
         keep_weights: frozen layers keep their weights as they are used, instead of casting them in every forward.

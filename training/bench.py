@@ -15,7 +15,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
+from dnnlib.cli import Command, section
 from models.autoencoders import AUTOENCODERS
 from models.inception import InceptionV3
 from models.latent import FIRST_STAGE, LatentSpace
-from models.loading import build_on_meta, make_student, read_config
+from models.loading import build_on_meta, highest_sigma, make_student, row_config
 from models.model import DiffusionModel
 from models.registry import DatasetRow, get_row
-from models.sampling import CPU_BATCH, Sampler
+from models.sampling import Sampler, network_batch
 from solvers import get_solver
 from torch_utils.device import PLAIN, PRECISIONS, FastPath, configure_backends, pick_device, pick_precision, use_path
 from torch_utils.frechet import frechet_distance
@@ -47,6 +48,8 @@ from .distill import Distiller, Teacher
 #: Evaluations of the students that are sampled.
 NFES = (2, 3, 4, 5)
 FEATURES = 2048
+#: A stage that has taken so many seconds begins no further run, so that all of them end within minutes.
+STAGE_SECONDS = 15.0
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Row:
         items: samples, images or features that one run processes.
         flops: operations of one run as the network is written, 0 where they are not counted.
         seconds, plain: of the best run, and of the baseline's.
+        runs: of which it is the best.
         memory: most memory during the stage, bytes; on the CPU since the start of the program.
     """
 
@@ -66,6 +70,7 @@ class Row:
     flops: float = 0.0
     seconds: float = float("inf")
     plain: float | None = None
+    runs: int = 0
     memory: int = 0
 
     def to_json(self, peak: float) -> dict[str, Any]:
@@ -104,9 +109,9 @@ def make_side(row: DatasetRow, config: DistillConfig, device: torch.device, path
     """The published network of `row` with the same random weights for every side."""
     net = build_on_meta(row).to_empty(device=device)
     fill_randomly(net)
-    sigma_max = net.noise_schedule.sigma_max if row.sigma_max is None else row.sigma_max
-    teacher = DiffusionModel(net.eval().requires_grad_(False), row.name, row.sigma_min, sigma_max)
-    teacher.latent = None if row.codec is None else _random_latent_space(row)
+    latent = None if row.codec is None else _random_latent_space(row)
+    net.eval().requires_grad_(False)
+    teacher = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent)
     config = replace(config, precision=precision)
     sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
     student = make_student(teacher, sampling)
@@ -122,7 +127,7 @@ def make_side(row: DatasetRow, config: DistillConfig, device: torch.device, path
 
 
 def _random_latent_space(row: DatasetRow) -> LatentSpace:
-    config = read_config(row.config)
+    config = row_config(row)
     spec = {name: value for name, value in config["first_stage"].items() if name not in ("class", "scale_factor")}
     stage = AUTOENCODERS[config["first_stage"]["class"]](**spec)
     fill_randomly(stage)
@@ -150,7 +155,7 @@ def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[],
         student.eval()
         settings = replace(student.sampling, num_steps=nfe + 1 + config.afs)
         sampler = Sampler(student, get_solver("euler"), settings.schedule(student.noise_schedule), settings.afs)
-        for part, conditions in _parts(x, given, CPU_BATCH if x.device.type == "cpu" else distiller.micro):
+        for part, conditions in _parts(x, given, min(distiller.micro, network_batch(student, len(x)))):
             states = sampler.run(part * student.sigma_max, conditions)
             if not student.is_latent:
                 to_uint8(states)
@@ -190,8 +195,8 @@ def evaluation_stages(device: torch.device, quick: bool) -> dict[str, tuple[int,
     detector = InceptionV3().eval().requires_grad_(False).to(device)
     fill_randomly(detector)
     dim, count = (64, 200) if quick else (FEATURES, 5000)
-    features = rng.standard_normal([2, count, dim]).astype(np.float32)
-    moments = [(f.mean(0, dtype=np.float64), np.cov(f, rowvar=False)) for f in features]
+    real, fake = rng.standard_normal([2, count, dim]).astype(np.float32)
+    moments = [(f.mean(0, dtype=np.float64), np.cov(f, rowvar=False)) for f in (real, fake)]
     with torch.no_grad():
         detector(images[:1])
 
@@ -202,7 +207,7 @@ def evaluation_stages(device: torch.device, quick: bool) -> dict[str, tuple[int,
     return {
         "Inception features": (len(images), extract),
         f"Fréchet distance, {dim} dimensions": (1, lambda: frechet_distance(*moments[0], *moments[1])),
-        f"PRDC of {count} features": (count, lambda: precision_recall_density_coverage(*features, device=device)),
+        f"PRDC of {count} features": (count, lambda: precision_recall_density_coverage(real, fake, device=device)),
     }
 
 
@@ -216,21 +221,30 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def rounds(repeats: int) -> Iterator[int]:
+    """Up to `repeats` rounds of a stage, of which none but the first begins after `STAGE_SECONDS`."""
+    start = time.perf_counter()
+    for i in range(repeats):
+        if i == 0 or time.perf_counter() - start < STAGE_SECONDS:
+            yield i
+
+
 def measure_networks(fast: Side, plain: Side, cost: Cost, repeats: int, echo: Callable[[Row], None]) -> list[Row]:
     """Both sides in turn, after one run of each to warm up."""
-    rows, device = [], fast.samples.device
+    rows: list[Row] = []
+    device = fast.samples.device
     for stage in fast.actions:
         row = _empty_row(stage, cost, len(fast.samples))
         times: dict[str, list[float]] = {"fast": [], "plain": []}
         if not rows:  # the first stage runs everything that the others do
             fast.run(stage)
             plain.run(stage)
-        for _ in range(repeats):
+        for _ in rounds(repeats):
             peak_memory(device)
             times["fast"].append(timed(partial(fast.run, stage), device))
             row.memory = max(row.memory, peak_memory(device))
             times["plain"].append(timed(partial(plain.run, stage), device))
-        row.seconds, row.plain = min(times["fast"]), min(times["plain"])
+        row.seconds, row.plain, row.runs = min(times["fast"]), min(times["plain"]), len(times["fast"])
         rows.append(row)
         echo(row)
     return rows
@@ -252,7 +266,7 @@ def measure_switches(
         other = make_side(row, config, device, path, fast.precision)
         other.run("training iteration")
         times = [
-            [timed(partial(side.run, "training iteration"), device) for side in (other, fast)] for _ in range(repeats)
+            [timed(partial(side.run, "training iteration"), device) for side in (other, fast)] for _ in rounds(repeats)
         ]
         ratios[name] = min(t[0] for t in times) / min(t[1] for t in times)
     return ratios
@@ -270,15 +284,19 @@ def line(row: Row, peak: float) -> str:
 HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of peak':>9s} {'GiB':>8s} against plain"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command)
+@section("What to time")
 @click.option("--dataset_name", help="Whose network to run, with random weights", metavar="NAME", default="emoji32")
 @click.option("--batch", help="Samples in a training iteration", type=click.IntRange(min=1), default=64)
-@click.option("--precision", help="Core of the fast networks; default by device", type=click.Choice(list(PRECISIONS)))
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest", metavar="NAME")
-@click.option("--repeats", help="Runs of each stage, of which the best counts", type=click.IntRange(min=1), default=3)
+@click.option("--repeats", help="Most runs of each stage; the best counts", type=click.IntRange(min=1), default=3)
 @click.option("--switches", help="Also time a training iteration without each of the fast ways", is_flag=True)
 @click.option("--quick", help="One run of every stage, small evaluation stages", is_flag=True)
+@section("Record")
 @click.option("--json", "json_path", help="Write everything to this file too", metavar="FILE")
+@section("Machine")
+@click.option("--precision", help="Core of the fast networks; default: by device", type=click.Choice(list(PRECISIONS)))
+@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
 def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
     """Time training, sampling and evaluation on this device, beside a plain baseline.
 
@@ -288,12 +306,16 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
       python -m training.bench --dataset_name=cifar10 --batch=128 --switches --json=cifar10.json
     """
     row = get_row(dataset_name)
-    if json_path is not None:
-        make_folder(Path(json_path).resolve().parent, "--json")
     device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
+    if opts["dry_run"]:
+        plan = {"dataset_name": dataset_name, "batch": batch, **opts, "precision": precision, "device": str(device)}
+        click.echo(json.dumps({**plan, "json": json_path}, indent=2))
+        return
+    if json_path is not None:
+        make_folder(Path(json_path).resolve().parent, "--json")
     configure_backends()
-    schedule = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
+    schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
     config = DistillConfig(dataset_name, batch=batch, precision=precision, **schedule)
     repeats = 1 if opts["quick"] else opts["repeats"]
     # On the CPU a product in float16 may be emulated, and takes for ever.
@@ -311,7 +333,8 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
     click.echo(f"matrix product: {rates}; one evaluation: {format_count(cost.flops)}FLOP\n\n{HEADER}")
     rows = measure_networks(fast, plain, cost, repeats, lambda row: click.echo(line(row, peaks[precision])))
     for stage, (items, action) in evaluation_stages(device, opts["quick"]).items():
-        rows.append(Row(stage, items, seconds=min(timed(action, device) for _ in range(repeats))))
+        times = [timed(action, device) for _ in rounds(repeats)]
+        rows.append(Row(stage, items, seconds=min(times), runs=len(times)))
         click.echo(line(rows[-1], peaks[precision]))
     switches = measure_switches(row, config, device, fast, repeats) if opts["switches"] else {}
     for name, ratio in switches.items():
