@@ -2,7 +2,7 @@
 
 from .edm_unets import DhariwalUNet, SongUNet
 from .loading import load_student, load_teacher
-from .model import DiffusionModel, SamplingSettings
+from .model import DiffusionModel, SamplingSettings, Student
 from .precond import EDMPrecond
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EDMPrecond",
     "SamplingSettings",
     "SongUNet",
+    "Student",
     "load_student",
     "load_teacher",
 ]

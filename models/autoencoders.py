@@ -110,15 +110,15 @@ class Level(nn.Module):
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
         self.attn = nn.ModuleList(Attention(out_channels) for _ in range(blocks if attends else 0))
-        if resample is not None:
-            self.add_module(resample, Resample(out_channels))
+        self.downsample = Resample(out_channels) if resample == "downsample" else None
+        self.upsample = Resample(out_channels) if resample == "upsample" else None
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[index](x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Encoder(nn.Module):

@@ -195,5 +195,6 @@ def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
     state = {**counters, **state}
     check_state_dict(expected, state, path)
     network.load_state_dict(state)
+    network.eval().requires_grad_(False)
     # The channels of a pixel side by side: about twice as fast on the CPU.
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it

@@ -84,7 +84,10 @@ def unet_name(name: str, num_res_blocks: int) -> str:
         return f"{OUTSIDE[layer]}.{kind}"
     if found := re.fullmatch(r"middle_block\.([012])\.(.+)", layer):
         return f"mid_block.{MIDDLE[found[1]]}.{RESIDUAL.get(found[2], found[2])}.{kind}"
-    half, index, rest = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d+\.(.+)", layer).groups()
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d+\.(.+)", layer)
+    if found is None:
+        raise ValueError(f"{name} is no tensor of such a network")
+    half, index, rest = found.groups()
     # The encoder counts its first convolution too, and its last level has nothing to resample.
     level, i = divmod(int(index) - (half == "input"), num_res_blocks + 1)
     block = f"{'down' if half == 'input' else 'up'}_blocks.{level}"
@@ -314,11 +317,11 @@ def _write_networks(pipeline: Pipeline, folder: Path) -> None:
         "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
                          **(pipeline.config.get("text") or VIT_L_14)},
     }  # fmt: skip
-    for part, tensors in {"unet": unet, "vae": vae, "text_encoder": text}.items():
-        (folder / part).mkdir(parents=True)
-        _write_json(folder / part / "config.json", configs[part])
-        tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
-        save_file(tensors, str(folder / part / (WEIGHTS[part] + SUFFIXES[0])), metadata={"format": "pt"})
+    for name, tensors in {"unet": unet, "vae": vae, "text_encoder": text}.items():
+        (folder / name).mkdir(parents=True)
+        _write_json(folder / name / "config.json", configs[name])
+        tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in tensors.items()}
+        save_file(tensors, str(folder / name / (WEIGHTS[name] + SUFFIXES[0])), metadata={"format": "pt"})
 
 
 def _write_tokenizer(pipeline: Pipeline, folder: Path) -> None:
@@ -416,10 +419,10 @@ def spacing_of(sigmas: Tensor) -> str | None:
     """The option of the scheduler that makes `sigmas`, without the last, from the first and the last but one."""
     evaluated = sigmas[:-1]
     progress = torch.linspace(0, 1, len(evaluated), dtype=torch.float64)
-    ends = evaluated[[0, -1]]
+    first, last = evaluated[0], evaluated[-1]
     candidates = {
-        "use_karras_sigmas": torch.lerp(*(ends ** (1 / 7)), progress) ** 7,
-        "use_exponential_sigmas": torch.lerp(*ends.log(), progress).exp(),
+        "use_karras_sigmas": torch.lerp(first ** (1 / 7), last ** (1 / 7), progress) ** 7,
+        "use_exponential_sigmas": torch.lerp(first.log(), last.log(), progress).exp(),
     }
     return next((name for name, made in candidates.items() if torch.allclose(made, evaluated, rtol=1e-9)), None)
 

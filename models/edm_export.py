@@ -35,7 +35,7 @@ MODULE_STATE = frozenset(vars(nn.Module()))
 PLAIN = (int, float, str, type(None))
 
 
-def plain_network(net: EDMPrecond, sigma_range: tuple[float, float]) -> edm_pickled.EDMPrecond:
+def plain_network(net: EDMPrecond, sigma_range: tuple[float, float]) -> nn.Module:
     """The network in terms of `edm_pickled`, with the same tensors.
 
     Args:
@@ -60,8 +60,8 @@ def _plain(module: nn.Module) -> nn.Module:
     return plain
 
 
-def write_edm_pickle(net: edm_pickled.EDMPrecond, content: Mapping[str, Any], path: Path) -> None:
-    """Write `{'ema': net, **content}`, all or nothing; `content` are plain values."""
+def write_edm_pickle(net: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Write `{'ema': net, **content}`, all or nothing; `net` is from `plain_network`, `content` are plain values."""
     with _persistence(), replacing(path) as temporary, open(temporary, "wb") as file:
         _Pickler(file).dump({"ema": net, **content})
 

@@ -28,9 +28,8 @@ class Conv(nn.Module):
         self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], stride: int = 1, same: bool = False
     ) -> None:
         super().__init__()
-        padding: int | tuple[int, ...] = 0
-        if same:
-            padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if same else 0
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 

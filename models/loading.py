@@ -21,8 +21,8 @@ from torch_utils.edm_pickle import read_edm_pickle
 from .diffusers_folder import UNET, is_stable_diffusion, read_stable_diffusion
 from .guided_unet import GuidedUNet
 from .latent import FIRST_STAGE, TEXT, LatentSpace
-from .model import DiffusionModel, SamplingSettings
-from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDMPrecond, Precond
+from .model import DiffusionModel, SamplingSettings, Student
+from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, DiscreteNoise, EDMPrecond, Precond
 from .reference_students import is_reference_student, read_reference_student
 from .registry import ROWS, DatasetRow, fetch_weights, get_row
 
@@ -113,13 +113,31 @@ def read_config(name: str) -> dict[str, Any]:
             "run: pip install omegaconf"
         ) from None
     path = CONFIGS / name
-    return OmegaConf.to_container(OmegaConf.load(path if path.suffix else path.with_suffix(".yaml")), resolve=True)
+    file = OmegaConf.load(path if path.suffix else path.with_suffix(".yaml"))
+    config: Any = OmegaConf.to_container(file, resolve=True)
+    return config
+
+
+def row_config(row: DatasetRow) -> dict[str, Any]:
+    """What `models/configs` says of a row whose file does not describe itself."""
+    if row.config is None:
+        raise ValueError(f"{row.name} has no file in models/configs")
+    return read_config(row.config)
 
 
 def build_on_meta(row: DatasetRow) -> Precond:
     """The network of a row without memory: names, shapes and operations, no values."""
-    spec = read_settings(row.path)["network"] if row.config is None else read_config(row.config)["network"]
+    spec = (read_settings(row.path) if row.config is None else read_config(row.config))["network"]
     return _describe_network(spec, row.name)
+
+
+def highest_sigma(row: DatasetRow, net: Precond) -> float:
+    """Where sampling starts: the row's σ_max or, where it has none, the largest noise level that its network knows."""
+    if row.sigma_max is not None:
+        return row.sigma_max
+    if net.noise_schedule is None:
+        raise ValueError(f"{row.name} has neither a sigma_max nor a noise schedule")
+    return net.noise_schedule.sigma_max
 
 
 def load_teacher(
@@ -140,7 +158,7 @@ def load_teacher(
         row = _stable_diffusion_row(dataset_name, model_path)
         net, latent = _read_registered(row, Path(model_path))
     elif model_path is not None:
-        net, name = _read_own_teacher(Path(model_path)), dataset_name or Path(model_path).stem
+        net, name = _read_own_teacher(Path(model_path)), dataset_name or own_name(model_path)
         latent = _latent_space(net, name, str(model_path))
         own = DatasetRow(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
         row = own if latent is None else get_row(name)
@@ -149,8 +167,7 @@ def load_teacher(
     else:
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
-    sigma_max = net.noise_schedule.sigma_max if row.sigma_max is None else row.sigma_max
-    model = DiffusionModel(net, row.name, row.sigma_min, sigma_max, latent=latent, guidance_rate=row.guidance_rate)
+    model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -161,11 +178,17 @@ def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLik
     return ROWS[dataset_name]
 
 
+def own_name(model_path: str | os.PathLike) -> str:
+    """What a teacher of one's own is called: as its file, or as its folder, for `training.pretrain` names all alike."""
+    path = Path(model_path)
+    return path.resolve().parent.name if path.stem == "teacher" else path.stem
+
+
 def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
     """The model of a row: the published one, or one of the user's `own` in a published layout."""
     if row.loader in ("embedded", "edm"):
         return _read_own_teacher(fetch_weights(row)), None
-    config, (tensors, path) = read_config(row.config), read_published(row, own)
+    config, (tensors, path) = row_config(row), read_published(row, own)
     if row.codec is None:
         return _published_network(config["network"], tensors, path), None
     others = (FIRST_STAGE, TEXT) if row.text else FIRST_STAGE
@@ -177,7 +200,7 @@ def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond,
 def read_published(row: DatasetRow, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a row's published file under its names, and the file; or those of the user's `own` model."""
     if own is not None:
-        return read_stable_diffusion(own, read_config(row.config)), own
+        return read_stable_diffusion(own, row_config(row)), own
     path = fetch_weights(row)
     return read_checkpoint(path), path
 
@@ -202,7 +225,7 @@ def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     return net
 
 
-def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> CFGPrecond:
+def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> Precond:
     """The network of a latent-diffusion checkpoint: its moving average, where the file has one."""
     net = _describe_network(spec, str(path))
     expected = net.model.state_dict()
@@ -212,16 +235,18 @@ def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: P
     if has_average:
         published |= {averages[name]: tensor for name, tensor in expected.items()}
     check_state_dict(published, {name: t for name, t in tensors.items() if name not in IGNORED}, path)
-    _check_noise(net, tensors.get("alphas_cumprod"), path)
+    _check_noise(net.noise_schedule, tensors.get("alphas_cumprod"), path)
     chosen = {name: tensors[averages[name] if has_average else UNET + name] for name in expected}
     net.model.load_state_dict(_float32(chosen), assign=True)
     return net
 
 
-def _check_noise(net: CFGPrecond, recorded: Tensor | None, path: Path) -> None:
+def _check_noise(own: DiscreteNoise | None, recorded: Tensor | None, path: Path) -> None:
     """Refuse a file whose model was trained at other noise levels."""
-    own = net.noise_schedule.alphas_cumprod
-    if recorded is not None and (recorded.shape != own.shape or not torch.allclose(recorded.double(), own, rtol=1e-2)):
+    if recorded is None:
+        return
+    levels = None if own is None else own.alphas_cumprod
+    if levels is None or recorded.shape != levels.shape or not torch.allclose(recorded.double(), levels, rtol=1e-2):
         raise click.ClickException(
             f"{path} records another noise schedule than its model has; expected the published file"
         )
@@ -244,7 +269,7 @@ def _latent_space(net: Precond, dataset_name: str, source: str, own: Path | None
             f"{source} is a network for {kind}, which {dataset_name} does not have; "
             "expected one of a latent data set, whose published file decodes them"
         )
-    return LatentSpace(read_config(row.config), lambda: read_published(row, own))
+    return LatentSpace(row_config(row), lambda: read_published(row, own))
 
 
 def _read_own_teacher(path: Path) -> Precond:
@@ -262,7 +287,7 @@ def _read_own_teacher(path: Path) -> Precond:
     return build_network(spec, tensors, str(path))
 
 
-def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> DiffusionModel:
+def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student:
     """A trainable copy of `teacher`, with step-condition layers if `sampling` asks for them and it has none.
 
     New layers take the global generator's numbers and end in zero weights, so that the student starts as its teacher.
@@ -272,13 +297,7 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Diffusi
     if unexpected or any("step" not in name and "nfe" not in name for name in missing):
         raise ValueError("the student's network must be the teacher's, with or without step-condition layers")
     net.freeze_unused()
-    return _student_model(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
-
-
-def _student_model(net: Precond, sampling: SamplingSettings, latent: LatentSpace | None) -> DiffusionModel:
-    s = sampling
-    guidance_rate = s.guidance_rate if s.guidance_type == "cfg" else 1.0
-    return DiffusionModel(net, s.dataset_name, s.sigma_min, s.sigma_max, s, latent, guidance_rate)
+    return Student(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
 
 
 def network_spec(net: Precond) -> dict[str, Any]:
@@ -286,14 +305,14 @@ def network_spec(net: Precond) -> dict[str, Any]:
     return {"class": type(net).__name__, **net.init_kwargs}
 
 
-def save_student(path: str | os.PathLike, student: DiffusionModel, training: dict[str, Any]) -> None:
+def save_student(path: str | Path, student: Student, training: dict[str, Any]) -> None:
     """Write a student as one `.safetensors` file with the settings that it needs, and those that made it."""
     sampling = asdict(student.sampling)
     settings = {"format": "student", "network": network_spec(student.net), "sampling": sampling, "training": training}
     save_network(path, student.net.state_dict(), settings)
 
 
-def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") -> DiffusionModel:
+def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") -> Student:
     """A distilled model, in eval mode without gradients; `.sampling` holds its settings.
 
     Args:
@@ -316,7 +335,7 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
             f"{path} contradicts itself: its network and its settings differ in use_step_condition"
         )
     latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
-    model = _student_model(net, sampling, latent)
+    model = Student(net, sampling, latent)
     try:
         sampling.schedule(model.noise_schedule)
     except ValueError as error:
@@ -326,7 +345,8 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
 
 def read_sampling(path: str | os.PathLike) -> SamplingSettings:
     """The sampling settings in a student file, without reading its weights where it is ours."""
-    if Path(path).suffix == ".pkl":
+    path = Path(path)
+    if path.suffix == ".pkl":
         return read_reference_student(path)[2]
     settings = read_settings(path)
     if settings.get("format") != "student":

@@ -53,6 +53,9 @@ class LPIPS(nn.Module):
         mode: `reference` or `standard`, see above.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, mode: str) -> None:
         super().__init__()
         if mode not in MODES:
@@ -71,7 +74,7 @@ class LPIPS(nn.Module):
             head = nn.Sequential(nn.Identity(), nn.Conv2d(cin, 1, kernel_size=1, bias=False))
             self.add_module(f"lin{level}", nn.ModuleDict({"model": head}))
             self._heads[len(layers) - 1] = head
-        self.vgg16 = nn.ModuleDict({"features": nn.Sequential(*layers)})
+        self._layers, self.vgg16 = layers, nn.ModuleDict({"features": nn.Sequential(*layers)})
         # Colours in [-1, 1] have this mean, and twice the deviation of those in [0, 1].
         mean = [2 * m - 1 for m in MEAN] if is_standard else MEAN
         deviation = [2 * d for d in DEVIATION] if is_standard else DEVIATION
@@ -83,7 +86,7 @@ class LPIPS(nn.Module):
         """Distance of each pair, `[B]` float32, of images `[B, 1 or 3, H, W]` in [-1, 1]; grey ones become RGB."""
         distance = torch.zeros(len(x), device=x.device)
         a, b = self._prepare(x), self._prepare(y)
-        for index, layer in enumerate(self.vgg16["features"]):
+        for index, layer in enumerate(self._layers):
             a, b = layer(a), layer(b)
             if index in self._heads:
                 distance = distance + self._heads[index]((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3))
@@ -126,4 +129,4 @@ def load_lpips(mode: str, device: torch.device | str = "cpu") -> LPIPS:
     check_state_dict(net.state_dict(), state, " with ".join(map(str, paths)))
     net.load_state_dict(state)
     # The channels of a pixel side by side: faster on the CPU.
-    return net.to(device, memory_format=torch.channels_last)
+    return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
 
-from solvers import SCHEDULES, NoiseSchedule, count_evaluations, get_schedule, get_solver
+from solvers import SCHEDULES, Denoiser, NoiseSchedule, count_evaluations, get_schedule, get_solver
 
 from .latent import LatentSpace
 from .precond import Precond
@@ -107,7 +108,6 @@ class DiffusionModel(nn.Module):
     Attributes:
         net: the preconditioned network.
         dataset_name: name of the teacher's data set.
-        sampling: a student's settings, None for a teacher.
         latent: first stage and text encoder of a model in a latent space, None in pixel space.
         guidance_rate: of classifier-free guidance, the default in sampling.
         noise_schedule: the model's own, for the schedule `discrete`.
@@ -119,7 +119,6 @@ class DiffusionModel(nn.Module):
         dataset_name: str,
         sigma_min: float,
         sigma_max: float,
-        sampling: SamplingSettings | None = None,
         latent: LatentSpace | None = None,
         guidance_rate: float = 1.0,
     ) -> None:
@@ -127,7 +126,7 @@ class DiffusionModel(nn.Module):
         self.net = net
         self.dataset_name = dataset_name
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.sampling, self.latent, self.guidance_rate = sampling, latent, guidance_rate
+        self.latent, self.guidance_rate = latent, guidance_rate
         self.noise_schedule: NoiseSchedule | None = net.noise_schedule
 
     @property
@@ -182,6 +181,8 @@ class DiffusionModel(nn.Module):
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""
+        if self.latent is None:
+            raise ValueError(f"{self.dataset_name} has no text encoder")
         return self.latent.encode_text(prompts, next(self.parameters()).device)
 
     def conditioning(self, given: Tensor | None, guidance_rate: float = 1.0) -> dict[str, Any]:
@@ -190,6 +191,12 @@ class DiffusionModel(nn.Module):
             return {"class_labels": given}
         unconditional = None if guidance_rate == 1 else self.encode_text([""])
         return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
+
+    def denoiser(
+        self, given: Tensor | None, guidance_rate: float = 1.0, step_condition: float | None = None
+    ) -> Denoiser:
+        """`denoise` as solvers call it: for `given` as above, and the number of timestamps that the network is told."""
+        return partial(self, step_condition=step_condition, **self.conditioning(given, guidance_rate))
 
     def denoise(
         self,
@@ -222,3 +229,17 @@ class DiffusionModel(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """States to images in [-1, 1], `[B, 3, H, W]`; in pixel space they are the same."""
         return latents if self.latent is None else self.latent.decode(latents)
+
+
+class Student(DiffusionModel):
+    """A distilled model.
+
+    Attributes:
+        sampling: what it was distilled for, and so is sampled with.
+    """
+
+    def __init__(self, net: Precond, sampling: SamplingSettings, latent: LatentSpace | None = None) -> None:
+        s = sampling
+        guidance_rate = s.guidance_rate if s.guidance_type == "cfg" else 1.0
+        super().__init__(net, s.dataset_name, s.sigma_min, s.sigma_max, latent, guidance_rate)
+        self.sampling = sampling

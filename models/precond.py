@@ -24,7 +24,7 @@ from .edm_unets import DhariwalUNet, SongUNet
 from .guided_unet import GuidedUNet
 from .unet_layers import UNetBlock
 
-NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 class Precond(nn.Module):
@@ -40,7 +40,7 @@ class Precond(nn.Module):
         model: the raw network.
     """
 
-    model: nn.Module
+    model: SongUNet | DhariwalUNet | GuidedUNet
     init_kwargs: dict[str, Any]
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False) -> None:
@@ -90,6 +90,8 @@ class EDMPrecond(Precond):
         sigma_data: expected standard deviation of the data.
         model_type: `SongUNet` or `DhariwalUNet`; the remaining arguments are passed to it.
     """
+
+    model: SongUNet | DhariwalUNet
 
     def __init__(
         self,
@@ -222,8 +224,8 @@ class DiscreteNoise:
     """
 
     def __init__(self, linear_start: float, linear_end: float, timesteps: int) -> None:
-        options = dict(dtype=torch.float64, device="cpu")
-        betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, **options).square()
+        roots = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64, device="cpu")
+        betas = roots.square()
         self.steps = timesteps
         self.alphas_cumprod = (1 - betas).cumprod(0)
         #: Ascending, as a search needs it: from the last time to the first.

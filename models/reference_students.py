@@ -41,11 +41,11 @@ def read_reference_student(path: str | os.PathLike) -> tuple[dict[str, Any], dic
         click.ClickException: a file that is no such student, is damaged, wants to run code, or has useless settings.
     """
     pickled = read_edm_pickle(path)
-    if not pickled.is_student:
+    recorded, network = pickled.training_kwargs, pickled.init_kwargs
+    if recorded is None:
         raise click.ClickException(
             f"{path} is a teacher, not a student: it has no network under 'model' with training_kwargs"
         )
-    recorded, network = pickled.training_kwargs, pickled.init_kwargs
     missing = [name for name in REQUIRED if name not in recorded]
     if missing:
         raise click.ClickException(f"{path} holds a student without {', '.join(missing)} in its training_kwargs")

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
 from .diffusers_folder import folder_digest, is_stable_diffusion
 from .loading import find_student, is_teacher_file, load_student, load_teacher
-from .model import VARIABLE_STEPS, DiffusionModel
+from .model import VARIABLE_STEPS, DiffusionModel, Student
 from .registry import fetch_captions, get_row
 from .text import read_prompts
 
-#: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
+#: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.
 CPU_BATCH = 16
 
 
@@ -86,15 +85,13 @@ class Sampler:
     @torch.no_grad()
     def run(self, x: Tensor, given: Tensor | None) -> Tensor:
         """Final states `[B, C, H, W]` from `x` at σ_max; `given` are labels or text conditions."""
-        conditioning = self.model.conditioning(given, self.guidance_rate)
-        denoise = partial(self.model.denoise, step_condition=self.step_condition, **conditioning)
+        denoise = self.model.denoiser(given, self.guidance_rate, self.step_condition)
         x = solve(self.solver, denoise, x, self.sigmas, self.afs, every=len(self.sigmas) - 1)[-1]
-        return denoise(x, float(self.sigmas[-1])) if self.denoise_to_zero else x
+        return denoise(x, x.new_full((), float(self.sigmas[-1]))) if self.denoise_to_zero else x
 
     def images(self, seeds: Sequence[int], class_index: int | None = None) -> np.ndarray:
         """One uint8 image for each seed, `[N, H, W, C]`; on the CPU its bits depend on the seed alone."""
-        device = next(self.model.parameters()).device
-        size = len(seeds) if device.type == "cuda" else CPU_BATCH
+        size = network_batch(self.model, len(seeds))
         images = []
         for start in range(0, len(seeds), size):
             part = list(seeds[start : start + size])
@@ -102,6 +99,11 @@ class Sampler:
             states = self.run(*draw_latents(self.model, padded, class_index, self.prompts))
             images.append(to_uint8(self.model.decode(states[: len(part)])))
         return np.concatenate(images)
+
+
+def network_batch(model: DiffusionModel, count: int) -> int:
+    """How many of `count` samples a network sees at a time, the last batch filled up."""
+    return count if next(model.parameters()).device.type == "cuda" else CPU_BATCH
 
 
 def draw_latents(
@@ -116,6 +118,8 @@ def draw_latents(
     generators = sample_generators(seeds)
     x = stacked_randn(generators, model.shape).to(device) * model.sigma_max
     if model.has_text:
+        if prompts is None:
+            raise ValueError(f"{model.dataset_name} is conditioned on text: it needs prompts")
         return x, model.encode_text(prompts.choose(seeds, generators))
     if model.label_dim == 0:
         return x, None
@@ -126,7 +130,7 @@ def draw_latents(
 
 
 def student_sampler(
-    student: DiffusionModel,
+    student: Student,
     num_steps: int | None = None,
     guidance_rate: float | None = None,
     prompts: Prompts | None = None,
@@ -180,12 +184,26 @@ class SamplerOptions:
 
 #: What a student can be asked for; the rest it was distilled for.
 STUDENT_OPTIONS = ("num_steps", "guidance_rate", "prompt", "prompts")
-TEACHER_DEFAULTS = SamplerOptions(18, "heun", None, True, True, False, "polynomial", 7.0, False, False)
+
+
+@dataclass(frozen=True)
+class TeacherOptions(SamplerOptions):
+    """The same for a teacher, with its defaults."""
+
+    num_steps: int = 18
+    solver: str = "heun"
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = False
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7.0
+    afs: bool = False
+    denoise_to_zero: bool = False
 
 
 def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | None = None) -> Sampler:
     """A teacher with any solver and schedule, between its own noise levels."""
-    o = replace(TEACHER_DEFAULTS, **options.given())
+    o = TeacherOptions(**options.given())
     try:
         solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
         sigmas = get_schedule(
@@ -244,18 +262,17 @@ def open_sampler(
     Raises:
         click.ClickException: whatever does not fit together.
     """
-    is_registered = model_path == "teacher"
-    path = None if is_registered else Path(model_path)
-    if not (is_registered or is_stable_diffusion(path)):
+    path = None if model_path == "teacher" else Path(model_path)
+    if path is not None and not is_stable_diffusion(path):
         path = find_student(path)
-    if is_registered or is_teacher_file(path):
+    if path is None or is_teacher_file(path):
         if dataset_name is not None:
             get_row(dataset_name)
         model = load_teacher(dataset_name, path, device)
         prompts = choose_prompts(model, options)
         sampler = teacher_sampler(model, options, prompts)
-        effective = replace(TEACHER_DEFAULTS, **options.given())
-        name = f"{'teacher' if is_registered else path.stem}-{effective.solver}"
+        effective = TeacherOptions(**options.given())
+        name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
         identity = {key: value for key, value in asdict(effective).items() if key not in STUDENT_OPTIONS[1:]}
     else:
         model = load_student(path, device)
@@ -275,7 +292,7 @@ def open_sampler(
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 
-def _check_student(student: DiffusionModel, dataset_name: str | None, options: SamplerOptions) -> None:
+def _check_student(student: Student, dataset_name: str | None, options: SamplerOptions) -> None:
     if dataset_name is not None and dataset_name != student.dataset_name:
         raise click.ClickException(
             f"--dataset_name={dataset_name}, but the student is of {student.dataset_name}; leave the flag out"
@@ -294,7 +311,7 @@ def comparison_rows(student: Sampler) -> list[tuple[str, Sampler]]:
         click.ClickException: not a student, or its teacher is not to be had.
     """
     model = student.model
-    if model.sampling is None:
+    if not isinstance(model, Student):
         raise click.ClickException("--compare=True is for a student; for a teacher, choose a --solver")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dnnlib.download import HUB, cache_dir, fetch
 from torch_utils.checkpoint import PathLike, check_state_dict
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 #: Those without which there is no tokenizer; the other two repeat what transformers takes for granted.
 NEEDED_FILES = TOKENIZER_FILES[:2]
 #: transformers' names for the sizes of the text model of CLIP ViT-L/14.
-VIT_L_14 = dict(
+VIT_L_14: dict[str, Any] = dict(
     vocab_size=49408,
     hidden_size=768,
     intermediate_size=3072,
@@ -116,7 +116,7 @@ def _transformers() -> ModuleType:
     return transformers
 
 
-def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> nn.Module:
+def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> Any:
     """transformers' text model with these weights, every name and shape checked, in eval mode without gradients."""
     transformers = _transformers()
     with torch.device("meta"):

@@ -12,7 +12,7 @@ import models.lpips
 from models import EDMPrecond
 from models.loading import make_student
 from models.lpips import LPIPS
-from models.model import DiffusionModel, SamplingSettings
+from models.model import DiffusionModel, SamplingSettings, Student
 from training.config import DistillConfig, check, follow_teacher
 from training.distill import Distiller, Teacher, perceptual_loss
 
@@ -27,9 +27,10 @@ def teacher_model(run: dict) -> DiffusionModel:
     net = EDMPrecond(**GOLDEN.meta["net"], use_step_condition=conditioned)
     state = GOLDEN.weights("net")
     net.load_state_dict({k: v for k, v in state.items() if conditioned or "step" not in k})
-    model = DiffusionModel(net, "golden", GOLDEN.meta["sigma_min"], GOLDEN.meta["sigma_max"])
     if "tk" in run:
-        model.sampling = SamplingSettings("golden", 7, sigma_min=0.006, sigma_max=80.0, **run["tk"])
+        model = Student(net, SamplingSettings("golden", 7, sigma_min=0.006, sigma_max=80.0, **run["tk"]))
+    else:
+        model = DiffusionModel(net, "golden", GOLDEN.meta["sigma_min"], GOLDEN.meta["sigma_max"])
     return model.eval().requires_grad_(False)
 
 

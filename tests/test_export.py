@@ -28,7 +28,7 @@ from models import edm_pickled, load_student, load_teacher
 from models.diffusers_folder import is_stable_diffusion, spacing_of
 from models.export import example_inputs, fold_step_condition, open_student, to_program
 from models.loading import make_student, save_student
-from models.model import DiffusionModel, SamplingSettings
+from models.model import SamplingSettings, Student
 from models.precond import CFGPrecond, EDMPrecond
 from models.sampling import Prompts, draw_latents
 from solvers import get_schedule, solve
@@ -48,7 +48,7 @@ def in_temporary_folder(tmp_path, monkeypatch):
 
 def edm_student(path: Path, network: dict[str, Any], settings: SamplingSettings = PIXELS) -> Path:
     net = randomised(EDMPrecond(**network, use_step_condition=settings.use_step_condition))
-    save_student(path, DiffusionModel(net, "tiny", settings.sigma_min, settings.sigma_max, settings), {})
+    save_student(path, Student(net, settings), {})
     return path
 
 

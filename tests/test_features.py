@@ -94,8 +94,11 @@ def test_ranks_together_have_every_image_once(folder, monkeypatch):
 
 
 def test_features_are_not_kept_unless_asked_for(folder):
-    assert compute(folder).features is None
-    assert compute(folder, keep=True, moments=False).mu is None
+    moments, features = compute(folder), compute(folder, keep=True, moments=False)
+    assert moments.kept is None and features.moments is None
+    for ask in (lambda: moments.features, lambda: features.mu, lambda: features.sigma):
+        with pytest.raises(ValueError, match="were not"):
+            ask()
 
 
 def test_a_zip_is_read_by_several_workers(tmp_path, folder):

@@ -67,7 +67,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         data = map_file(path)
         if data[:4] == b"PK\x03\x04":
-            return _state_dict(_read_zip(data), len(data))
+            return _state_dict(_read_zip(path, data), len(data))
         if data[:1] == b"\x80":
             return _state_dict(_read_legacy(data), len(data))
         if data[8:9] == b"{":
@@ -176,10 +176,10 @@ def _find_global(module: str, name: str) -> Any:
     raise refuse_global(module, name)
 
 
-def _read_zip(data: memoryview) -> Any:
+def _read_zip(path: str | os.PathLike, data: memoryview) -> Any:
     """The format of torch since 1.6: a zip archive of `NAME/data.pkl` and, not compressed, `NAME/data/KEY`."""
     try:
-        with zipfile.ZipFile(data.obj) as archive:
+        with zipfile.ZipFile(path) as archive:
             records = {info.filename: info for info in archive.infolist()}
     except DAMAGED_ZIP as error:
         raise Refused(f"is a damaged zip archive ({_reason(error)})") from None

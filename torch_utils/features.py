@@ -13,7 +13,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,7 +83,7 @@ def shard(count: int) -> range:
 class _Decoded(Dataset):
     """Decoding in workers. An error becomes a value: what a worker raises would reach the user as a traceback."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         # A copy, for workers that are forks must not share an open archive and its position.
         self.source, self.indices = copy.copy(source), indices
         self.shape = source.load(int(indices[0])).shape if len(indices) else ()
@@ -107,7 +107,7 @@ class _Decoded(Dataset):
 
 def _stack(items: list[Tensor | str]) -> Tensor | str:
     errors = [item for item in items if isinstance(item, str)]
-    return errors[0] if errors else torch.stack(items)
+    return errors[0] if errors else torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
 def decoded_batches(source: ImageSource, indices: np.ndarray, batch: int, workers: int = 0) -> Iterator[Tensor]:
@@ -172,23 +172,41 @@ class FeatureSet:
 
     Attributes:
         count: number of images; None where published statistics do not say.
-        mu, sigma: mean and covariance, float64 `[D]` and `[D, D]`; None if they were not asked for.
-        features: float32 `[count, D]` in index order; None if they were not kept.
+        moments: mean and covariance, float64 `[D]` and `[D, D]`; None if they were not asked for.
+        kept: features, float32 `[count, D]` in index order; None if they were not asked for.
     """
 
     count: int | None
-    mu: np.ndarray | None = None
-    sigma: np.ndarray | None = None
-    features: np.ndarray | None = None
+    moments: tuple[np.ndarray, np.ndarray] | None = None
+    kept: np.ndarray | None = None
 
     @classmethod
     def from_features(cls, features: np.ndarray, moments: bool = True) -> FeatureSet:
         if not moments:
-            return cls(len(features), features=features)
+            return cls(len(features), kept=features)
         sums = Moments.zeros(features.shape[1])
         for start in range(0, len(features), 1024):
             sums.add(torch.from_numpy(features[start : start + 1024]))
-        return cls(len(features), *sums.finish(), features=features)
+        return cls(len(features), sums.finish(), features)
+
+    @property
+    def mu(self) -> np.ndarray:
+        return self._asked_moments()[0]
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self._asked_moments()[1]
+
+    @property
+    def features(self) -> np.ndarray:
+        if self.kept is None:
+            raise ValueError("these features were not kept")
+        return self.kept
+
+    def _asked_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.moments is None:
+            raise ValueError("the moments of these features were not computed")
+        return self.moments
 
 
 def extract(
@@ -231,13 +249,10 @@ def extract(
                 progress.update(len(features))
 
     on_all_ranks(run)
-    mu = sigma = features = None
     if sums is not None:
         sums.reduce()
-        mu, sigma = sums.finish()
-    if keep:
-        features = gather_rows(torch.cat(kept), count).numpy()
-    return FeatureSet(count, mu, sigma, features)
+    features = gather_rows(torch.cat(kept), count).numpy() if keep else None
+    return FeatureSet(count, None if sums is None else sums.finish(), features)
 
 
 def _sum_device(device: torch.device) -> torch.device:
@@ -311,9 +326,10 @@ def read_meta(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def write_arrays(path: str | Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:
     """Write an `.npz` with `meta` as JSON, all or nothing."""
+    content: dict[str, Any] = {"meta": np.array(json.dumps(meta, sort_keys=True)), **arrays}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, meta=np.array(json.dumps(meta, sort_keys=True)), **arrays)
+        np.savez(file, **content)
 
 
 def names_in(path: str | Path) -> list[str]:

@@ -139,7 +139,7 @@ class TensorRecord:
         values = torch.empty(extent, dtype=self.storage.dtype)
         start = self.offset * itemsize
         # A copy of bytes: torch cannot wrap the file's read-only memory.
-        memoryview(values.view(torch.uint8).numpy())[:] = self.storage.data[start : start + extent * itemsize]
+        values.view(torch.uint8).numpy().data[:] = self.storage.data[start : start + extent * itemsize]
         return values.as_strided(self.size, self.stride).contiguous().float()
 
 
@@ -183,10 +183,10 @@ class Machine:
                 return self.pop()
             handler = _HANDLERS.get(opcode)
             if handler is None:
-                known = pickletools.code2op.get(chr(opcode))
-                if known is None:
+                known = [op.name for op in pickletools.opcodes if op.code == chr(opcode)]
+                if not known:
                     raise Refused(f"is damaged: 0x{opcode:02x} is no pickle opcode")
-                raise Refused(f"is refused: the pickle opcode {known.name} has no place in the file of a network")
+                raise Refused(f"is refused: the pickle opcode {known[0]} has no place in the file of a network")
             handler(self)
 
     # Input

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import click
 from dnnlib import replacing, write_text
 from models.detectors import Detector
 from models.loading import load_teacher
-from models.model import VARIABLE_STEPS
+from models.model import VARIABLE_STEPS, Student
 from models.sampling import (
-    TEACHER_DEFAULTS,
     OpenedSampler,
     Sampler,
     SamplerOptions,
+    TeacherOptions,
     student_sampler,
     teacher_sampler,
 )
@@ -63,7 +63,7 @@ def rows(student: OpenedSampler, precision: str) -> list[Row]:
         click.ClickException: not a student, or its teacher is not to be had.
     """
     model = student.sampler.model
-    if model.sampling is None:
+    if not isinstance(model, Student):
         raise click.ClickException("--model_path is a teacher; expected the student to compare with its teacher")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
@@ -75,8 +75,8 @@ def rows(student: OpenedSampler, precision: str) -> list[Row]:
     # What captions the images have is in the student's identity, for a text-conditioned one.
     shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity} | {"precision": precision}
     found = []
-    for label, options in choices:
-        options = replace(TEACHER_DEFAULTS, **options.given(), guidance_rate=rate)
+    for label, chosen in choices:
+        options = TeacherOptions(**chosen.given(), guidance_rate=rate)
         identity = {"model": f"teacher of {name}", **asdict(options), **shared}
         found.append(Row(label, teacher_sampler(teacher, options, prompts), identity))
     for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
 
-from models.loading import find_student, read_sampling
+from models.loading import find_student, own_name, read_sampling
 from models.model import VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
 from solvers import count_evaluations, get_solver
@@ -102,7 +101,7 @@ class DistillConfig:
             is_second_stage=self.is_second_stage,
             # Where nothing is said, the teacher's own guidance is taken over once it is there.
             guidance_type="cfg" if self.guidance_rate is not None and self.has_text else self.guidance_type,
-            guidance_rate=1.0 if self.guidance_type is self.guidance_rate is None else self.sampling_rate,
+            guidance_rate=1.0 if self.guidance_type is None and self.guidance_rate is None else self.sampling_rate,
             teacher_path=None if self.is_second_stage else self.model_path,
         )
 
@@ -126,17 +125,23 @@ def span(values: Sequence[int]) -> str:
 
 def teacher_name(dataset_name: str | None, model_path: str | None, is_second_stage: bool) -> str:
     """The name that a run goes by: the registered teacher's, the student's own, or the file's."""
-    if is_second_stage and model_path is None:
+    if is_second_stage:
+        path = first_student(model_path)
+        return read_sampling(find_student(path)).dataset_name if dataset_name is None else dataset_name
+    if dataset_name is not None:
+        return get_row(dataset_name).name
+    if model_path is not None:
+        return own_name(model_path)
+    raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+
+
+def first_student(model_path: str | None) -> str:
+    """Where the student of the first stage is, which a second one cannot do without."""
+    if model_path is None:
         raise click.ClickException(
             "--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further"
         )
-    if dataset_name is not None:
-        return dataset_name if is_second_stage else get_row(dataset_name).name
-    if is_second_stage:
-        return read_sampling(find_student(model_path)).dataset_name
-    if model_path is not None:
-        return Path(model_path).stem
-    raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+    return model_path
 
 
 def check(config: DistillConfig) -> None:

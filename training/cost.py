@@ -23,14 +23,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, format_duration
-from models.loading import build_on_meta, load_student, load_teacher
+from models.loading import build_on_meta
 from models.precond import Precond
 from models.registry import get_row
 from solvers import count_evaluations, get_solver
 from torch_utils.device import PLAIN, PRECISIONS, use_path
 
 from .config import DistillConfig, micro_batch
-from .distill import Distiller
+from .distill import Distiller, load_source
 
 #: A backward pass has two products for each one of the forward pass.
 TRAINED = 3
@@ -158,7 +158,8 @@ def calibrate(net: Precond, device: torch.device, dtype: torch.dtype, micro: int
         trained.zero_grad(set_to_none=True)
         trained(**random_inputs(trained, batch, device)).abs().sum().backward()
 
-    return Calibration(*(_per_sample(action, device, micro, seconds / 2) for action in (evaluate, train)))
+    evaluation, training = (_per_sample(action, device, micro, seconds / 2) for action in (evaluate, train))
+    return Calibration(evaluation, training)
 
 
 def _per_sample(action: Callable[[int], None], device: torch.device, largest: int, seconds: float) -> float:
@@ -227,10 +228,8 @@ def estimate(
 
 def _network(config: DistillConfig) -> Precond:
     """The network of a run; of a registered teacher without its weights, which need not be there."""
-    if config.is_second_stage:
-        return load_student(config.model_path).net
-    if config.model_path is not None:
-        return load_teacher(config.dataset_name, config.model_path).net
+    if config.is_second_stage or config.model_path is not None:
+        return load_source(config).net
     return build_on_meta(get_row(config.dataset_name))
 
 

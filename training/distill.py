@@ -18,22 +18,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import click
 import torch
 from torch import Tensor
 
+from models.loading import load_student, load_teacher
 from models.lpips import LPIPS, load_lpips
-from models.model import DiffusionModel, SamplingSettings
-from solvers import get_schedule, get_solver, solve
+from models.model import DiffusionModel, SamplingSettings, Student
+from solvers import Denoiser, get_schedule, get_solver, solve
 from torch_utils import distributed
 from torch_utils.device import fast_path
 
-from .config import DistillConfig
+from .config import DistillConfig, first_student
 
 GRAD_LIMIT = 1e5
 EULER = get_solver("euler")
+
+
+def load_source(config: DistillConfig, device: torch.device | str = "cpu") -> DiffusionModel:
+    """The model that a run distils: a diffusion model or, in the second stage, a student."""
+    if config.is_second_stage:
+        return load_student(first_student(config.model_path), device)
+    return load_teacher(config.dataset_name, config.model_path, device)
 
 
 class Teacher:
@@ -44,7 +51,7 @@ class Teacher:
 
     def __init__(self, model: DiffusionModel, config: DistillConfig, sampling: SamplingSettings) -> None:
         self.model, self.config, self.sampling = model, config, sampling
-        if config.is_second_stage:
+        if isinstance(model, Student):
             self.solver, self.afs = EULER, model.sampling.afs
         else:
             c = config
@@ -57,6 +64,12 @@ class Teacher:
         count = self.config.teacher_steps(num_steps)
         return get_schedule(s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule)
 
+    def denoiser(self, labels: Tensor | None, num_steps: int) -> Denoiser:
+        """The model's, for trajectories of so many timestamps of its own."""
+        model = self.model
+        told = replace(model.sampling, num_steps=num_steps).step_condition if isinstance(model, Student) else None
+        return model.denoiser(labels, step_condition=told)
+
     @torch.no_grad()
     def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
@@ -65,10 +78,7 @@ class Teacher:
         visible in a metric, and a student can learn to leave it out at no cost of its own.
         """
         sigmas = self.sigmas(num_steps)
-        condition = None
-        if self.config.is_second_stage:
-            condition = replace(self.model.sampling, num_steps=len(sigmas)).step_condition
-        denoise = partial(self.model.denoise, step_condition=condition, **self.model.conditioning(labels))
+        denoise = self.denoiser(labels, len(sigmas))
         states = solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
         if self.config.denoise_to_zero:
             states[-1] = denoise(states[-1], x.new_full((), float(sigmas[-1])))
@@ -135,7 +145,7 @@ class Distiller:
     def __init__(
         self,
         teacher: Teacher,
-        student: DiffusionModel,
+        student: Student,
         config: DistillConfig,
         micro: int,
         lpips: LPIPS | None = None,
@@ -190,7 +200,7 @@ class Distiller:
         total = torch.zeros((), device=self.device)
         new_states = []
         for x, target, label in zip(states, targets, labels):
-            denoise = partial(self.student, step_condition=sampling.step_condition, **self.student.conditioning(label))
+            denoise = self.student.denoiser(label, step_condition=sampling.step_condition)
             new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
             # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
             loss = (new - target).abs().sum() / local_batch
@@ -214,7 +224,7 @@ class Distiller:
                 torch.nan_to_num(param.grad, nan=0.0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
         # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay.
         if self.optimizer.defaults["fused"]:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]  # not declared
             self.optimizer.step()
         elif not bad.item():
             self.optimizer.step()

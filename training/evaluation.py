@@ -141,28 +141,17 @@ class Extractor:
             return [self._images(dataset, block, keep, moments) for block in blocks]
         union = np.unique(np.concatenate(blocks))
         source = {"images": distributed.on_first_rank(lambda: fingerprint(path)), "indices": _digest(union)}
-        rows = self.cached(source, lambda: self._images(dataset, union, keep=True, moments=False))
+        rows = self.cached(self.cache, source, lambda: self._images(dataset, union, keep=True, moments=False))
         return [FeatureSet.from_features(rows[np.searchsorted(union, block)], moments) for block in blocks]
 
-    def cached(self, source: dict[str, Any], compute: Callable[[], FeatureSet]) -> np.ndarray:
+    def cached(self, cache: Path, source: dict[str, Any], compute: Callable[[], FeatureSet]) -> np.ndarray:
         """Features from the cache if it holds those of `source`, else from `compute`, which are then written there."""
         meta = {**source, **self.detector.identity()}
-        if distributed.on_first_rank(lambda: self._holds(meta)):
-            return self._read_features(self.cache)
+        if distributed.on_first_rank(lambda: _holds(cache, meta)):
+            return self._read_features(cache)
         features = compute().features
-        distributed.on_first_rank(lambda: write_arrays(self.cache, meta, features=features))
+        distributed.on_first_rank(lambda: write_arrays(cache, meta, features=features))
         return features
-
-    def _holds(self, meta: dict[str, Any]) -> bool:
-        if not self.cache.exists():
-            return False
-        saved = read_meta(read_arrays(self.cache))
-        changed = [name for name in meta if saved.get(name) != meta[name]]
-        if changed:
-            raise click.ClickException(
-                f"--features={self.cache} holds features of other {', '.join(changed)}; choose another file"
-            )
-        return True
 
     def _images(self, dataset: ImageDataset, indices: np.ndarray, keep: bool, moments: bool) -> FeatureSet:
         batches = decoded_batches(dataset, indices, self.batch, self.workers)
@@ -211,7 +200,20 @@ class Extractor:
         meta = read_meta(arrays)
         self._check_detector(path, meta)
         check_moments(arrays["mu"], arrays["sigma"], self.detector.dim, path)
-        return FeatureSet(meta.get("num"), arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+        return FeatureSet(meta.get("num"), (arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)))
+
+
+def _holds(cache: Path, meta: dict[str, Any]) -> bool:
+    """Whether the cache is there; one of other features is refused."""
+    if not cache.exists():
+        return False
+    saved = read_meta(read_arrays(cache))
+    changed = [name for name in meta if saved.get(name) != meta[name]]
+    if changed:
+        raise click.ClickException(
+            f"--features={cache} holds features of other {', '.join(changed)}; choose another file"
+        )
+    return True
 
 
 def _digest(indices: np.ndarray) -> str:

@@ -8,7 +8,10 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +24,8 @@ from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration
 from dnnlib.cli import Stopped, deferred_stop
-from models.loading import find_student, load_student, load_teacher, make_student, save_student
-from models.model import DiffusionModel, SamplingSettings
+from models.loading import make_student, save_student
+from models.model import DiffusionModel, SamplingSettings, Student
 from models.sampling import Prompts, captions_by_seed, draw_latents, student_sampler
 from torch_utils import distributed
 from torch_utils.checkpoint import read_state, usable_state
@@ -34,7 +37,8 @@ from . import runs
 from .conditions import DROPOUT, INIT, draw_captions, draw_labels, draw_noise, draw_num_steps
 from .config import DistillConfig, follow_teacher, micro_batch, span
 from .cost import largest_micro_batch
-from .distill import Distiller, Teacher, perceptual_loss
+from .distill import Distiller, Teacher, load_source, perceptual_loss
+from .loggers import RunLogger
 from .runs import Intervals
 
 PICTURE_SEEDS = range(10)
@@ -42,19 +46,17 @@ PICTURE_SEEDS = range(10)
 MAX_BAD_IN_A_ROW = 20
 
 
-def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, DiffusionModel]:
+def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, Student]:
     """Teacher and student of a run, and the config with what the teacher decides filled in."""
-    if config.is_second_stage:
-        source = load_student(find_student(config.model_path), device)
+    source = load_source(config, device)
+    if isinstance(source, Student):
         if source.dataset_name != config.dataset_name:
             raise click.ClickException(
                 f"--model_path was distilled on {source.dataset_name}, not on --dataset_name={config.dataset_name}"
             )
         config = follow_teacher(config, source.sampling)
-    else:
-        source = load_teacher(config.dataset_name, config.model_path, device)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
-    if config.is_second_stage:  # the first teacher, where it has no registered name, stays known
+    if isinstance(source, Student):  # the first teacher, where it has no registered name, stays known
         sampling = replace(sampling, teacher_path=source.sampling.teacher_path)
     source.compute_dtype = PRECISIONS[config.precision]
     torch.manual_seed(derive_seed(config.seed, INIT))
@@ -94,6 +96,7 @@ class Run:
         self.device = distiller.device
         self.is_first = distributed.rank() == 0
         self.log = Logger(run_dir / runs.LOG) if self.is_first else (lambda line="": None)
+        self.logger: RunLogger | None = None
         self.images, self.seconds, self.half_off = 0, 0.0, False
         self._skips = LaggedCount(self.distiller.skipped)
         self._seen_skips, self._bad_in_a_row = 0, 0
@@ -121,9 +124,9 @@ class Run:
             except click.ClickException as error:
                 damaged.append((path, error))
                 continue
-            for bad, error in damaged:
+            for bad, reason in damaged:
                 self.log(
-                    f"Warning: {error.message.split(';')[0]}; it is now {runs.set_aside(bad)}, going back to {path}"
+                    f"Warning: {reason.message.split(';')[0]}; it is now {runs.set_aside(bad)}, going back to {path}"
                 )
             return path
         if damaged:
@@ -145,6 +148,23 @@ class Run:
         self.images, self.seconds = state["images"], state["seconds"]
         if state["half_off"]:
             self._switch_half_off()
+
+    @contextmanager
+    def logged(self, name: str | None, settings: dict[str, Any]) -> Iterator[None]:
+        """Within, rank 0 writes to the logger of this name too; None: to plain files alone."""
+
+        def start(name: str) -> None:
+            self.logger = RunLogger(name, self.run_dir, settings, self.images, self.log)
+
+        if name is not None:
+            distributed.on_first_rank(partial(start, name))
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.logger is not None:
+                self.logger.close(failed)
 
     def train(self) -> None:
         """Iterate to the end; save at the intervals and at the end.
@@ -216,7 +236,7 @@ class Run:
     def _draw_conditions(self, iteration: int, share: slice) -> Tensor | None:
         """One-hot labels or text conditions of this rank's share of a batch; None for neither."""
         config = self.config
-        if self.student.has_text:
+        if self.prompts is not None:
             captions = draw_captions(config.seed, iteration, config.batch, self.prompts.texts)
             return self.student.encode_text(captions[share])
         labels = draw_labels(config.seed, iteration, config.batch, self.student.label_dim)
@@ -282,9 +302,11 @@ class Run:
             "loss": loss, **losses,
             "sec_per_kimg": duration / images * 1000, "lr": lr, "skipped": skipped, **memory, "timestamp": time.time(),
         }  # fmt: skip
+        finite = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
         with open(self.run_dir / runs.STATS, "a", encoding="utf-8") as file:
-            finite = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
             file.write(json.dumps(finite) + "\n")
+        if self.logger is not None:
+            self.logger.scalars(finite, self.images)
 
     def save_snapshot(self, picture: bool = True) -> None:
         """The student as one file, and a picture of teacher and student endpoints for the same seeds."""
@@ -293,7 +315,10 @@ class Run:
         self.student.eval()
         training = {**self.config.to_json(), "images": self.images, "seconds": round(self.seconds, 1)}
         if picture:
-            save_picture(self._picture(), self.run_dir / runs.picture_name(self.images))
+            drawn = self._picture()
+            save_picture(drawn, self.run_dir / runs.picture_name(self.images))
+            if self.logger is not None:
+                self.logger.picture(drawn, self.images)
         save_student(self.run_dir / runs.snapshot_name(self.images), self.student, training)
 
     def _picture(self) -> Image.Image:
@@ -366,18 +391,19 @@ def train(
     batch_gpu: int | str | None = None,
     gradient_checkpointing: bool = False,
     deterministic: bool = False,
+    log: str | None = None,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
     `batch_gpu` (`auto` tries out what fits) and `gradient_checkpointing` save memory and change nothing else.
     `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
-    docs/reliability.md. For `resume` and `override` see `runs.open_run`.
+    docs/reliability.md. For `resume` and `override` see `runs.open_run`, for `log` `training.loggers`.
     """
     if deterministic:
         use_deterministic_algorithms()
     distributed.init(device)
     automatic = batch_gpu == "auto"
-    micro = micro_batch(config.batch, None if automatic else batch_gpu, distributed.world_size())
+    micro = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, distributed.world_size())
     full_config, teacher, student = load_models(config, device)
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
@@ -385,7 +411,7 @@ def train(
     lpips = perceptual_loss(full_config, student)
     launch = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
-    launch |= {"torch": torch.__version__, **vars(intervals)}
+    launch |= {"torch": torch.__version__, **vars(intervals), "log": log}
     opened: runs.OpenedRun | None = None
 
     def open_run() -> Path:
@@ -402,7 +428,8 @@ def train(
     run.resume()
     if opened is not None and opened.changed:
         run.log(f"Warning: other settings than before: {'; '.join(opened.changed)}")
-    run.train()
+    with run.logged(log, {**config.to_json(), **launch}):
+        run.train()
     run.log(f"Student: {run_dir / runs.snapshot_name(run.images)}")
     run.log(f"Picture: {run_dir / runs.picture_name(run.images)}")
     if opened is not None:
