@@ -179,9 +179,9 @@ def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLik
 
 
 def own_name(model_path: str | os.PathLike) -> str:
-    """What a teacher of one's own is called: as its file, or as its folder, for `training.pretrain` names all alike."""
+    """What a teacher of one's own is called: as its file, or as its folder where `training.pretrain` named the file."""
     path = Path(model_path)
-    return path.resolve().parent.name if path.stem == "teacher" else path.stem
+    return path.resolve().parent.name if path.name == "teacher.safetensors" else path.stem
 
 
 def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:

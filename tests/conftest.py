@@ -1,5 +1,6 @@
 """Tests run from the repository root, on few threads: the networks are tiny and CI has two cores."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ for path in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(path))
 
 torch.set_num_threads(1)
+# A shell starts what it puts into the background deaf to Ctrl-C, which tests send to the programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
