@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import click
@@ -246,6 +247,7 @@ def test_tensorboard_itself_reads_every_point_once(tmp_path):
     for processes, at in ((1, 3), (2, 7)):  # before its first state, then after reporting more than is saved
         result = run_ranks("train", args, tmp_path, processes, kill=(ITERATE, at))
         assert result.code == -signal.SIGKILL, result.output
+        time.sleep(1)  # TensorBoard reads files in the order of the second in which they were made
     invoke("train", *args).ok()
     run_dir = only_run(tmp_path)
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 3
