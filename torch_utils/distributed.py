@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -35,8 +37,13 @@ def init(device: torch.device) -> None:
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", store)
+    # Its functions have the group of the moment as a default argument. Optimizers import it: if they were the first to,
+    # it would keep this group to the interpreter's end; see `shutdown`.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
     share_failures(Board(dist.PrefixStore("failures", store), rank, world))
+    if backend == "gloo":
+        atexit.register(shutdown)  # for a command that ends in an error
 
 
 class Board:
@@ -67,6 +74,11 @@ class Board:
 
 
 def shutdown() -> None:
+    """Leave the group and end its threads.
+
+    That has to be over before the interpreter ends: a thread of gloo that lets go of a tensor then aborts the process
+    (`terminate called without an active exception`) or hangs it.
+    """
     if dist.is_initialized():
         share_failures(None)
         dist.destroy_process_group()
