@@ -121,8 +121,10 @@ def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptio
         return None
     try:
         if settings is not None:
-            changes: dict[str, Any] = {"num_steps": options.num_steps, "guidance_rate": options.guidance_rate}
-            return replace(settings, **{name: value for name, value in changes.items() if value is not None}).nfe
+            changes: dict[str, Any] = {} if options.num_steps is None else {"num_steps": options.num_steps}
+            if options.guidance_rate is not None:  # asks for guidance, whatever the student was recorded with
+                changes.update(guidance_type="cfg", guidance_rate=options.guidance_rate)
+            return replace(settings, **changes).nfe
         o = TeacherOptions(**options.given())
         solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
         evaluations = count_evaluations(solver, o.num_steps, o.afs) + o.denoise_to_zero

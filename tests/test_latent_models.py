@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -409,6 +410,20 @@ def test_captions_of_a_file_one_caption_and_captions_by_seed(files):
         Image.open(Path("seeds") / png).tobytes() for png in png_names(Path("seeds"))
     ]
     sample("ms_coco", files, run_dir, outdir="cat", prompt="a dog").refused("cat")  # another caption, the same folder
+
+
+def test_planned_evaluations_of_a_student_recorded_without_guidance(files, tmp_path):
+    without = SamplingSettings(**{**vars(SAMPLING), "guidance_type": None, "guidance_rate": 1.0})
+    with known_as_published("ms_coco", files):
+        save_student(tmp_path / "s.safetensors", make_student(load_teacher("ms_coco"), without), {})
+    for guidance, nfe in ((None, without.nfe), (1, without.nfe), (7.5, 2 * without.nfe)):
+        arguments = dict(model_path=tmp_path / "s.safetensors", seeds="0", outdir=tmp_path / "x", prompt="a", device="cpu")
+        arguments |= {"guidance_rate": guidance}
+        result = invoke("sample", *flags(arguments), "--dry-run").ok()
+        assert json.loads(result.output)["nfe"] == nfe
+        with known_as_published("ms_coco", files):
+            assert f"NFE {nfe}, 1 images" in invoke("sample", *flags(arguments)).ok().output
+        shutil.rmtree(tmp_path / "x")
 
 
 def test_flags_of_captions_that_do_not_fit_are_refused(files):
