@@ -15,6 +15,8 @@ from pathlib import Path
 import click
 from PIL import Image
 
+DATASET = str(Path(__file__).with_name("emoji-32x32.zip"))
+
 
 def read_bitmaps(font_path: str) -> Iterator[Image.Image]:
     """Yield every bitmap of the font's largest strike, in glyph order."""
@@ -42,7 +44,9 @@ def compose(bitmap: Image.Image, resolution: int) -> Image.Image:
 
 @click.command()
 @click.option("--font", help="Path of NotoColorEmoji.ttf", metavar="TTF", type=click.Path(exists=True), required=True)
-@click.option("--dest", help="Archive to write", metavar="ZIP", default="assets/emoji-32x32.zip", show_default=True)
+@click.option(
+    "--dest", help="Archive to write; default: the one beside this file", metavar="ZIP", default=DATASET
+)
 @click.option("--resolution", help="Height and width", metavar="INT", default=32, show_default=True)
 def main(font: str, dest: str, resolution: int) -> None:
     """Write the embedded data set from the emoji font."""
