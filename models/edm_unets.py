@@ -247,8 +247,8 @@ class SongUNet(_UNet):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
-        emb = F.silu(self.map_layer1(emb)).expand(len(x), -1)
-        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
+        emb = F.silu(self.map_layer1(emb)).expand(x.shape[0], -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
         x, skips = self._encode(x, emb, step_emb)
         return self._decode(x, skips, emb, step_emb, skip_tuning)
 
@@ -344,8 +344,8 @@ class DhariwalUNet(_UNet):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels))
-        emb = F.silu(emb).expand(len(x), -1)
-        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
+        emb = F.silu(emb).expand(x.shape[0], -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
 
         skips: list[Tensor] = []
         for block in self.enc.values():

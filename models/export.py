@@ -258,14 +258,13 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
         _need_onnx(student)
     make_folder(dest.parent, "--dest")
     student.net.compute_dtype = torch.float32
-    # Of other networks than EDM's, the batch size becomes part of the program.
-    batches = (2, 3) if isinstance(student.net, EDMPrecond) else (1,)
-    cases = [example_inputs(student, batch) for batch in batches]
+    # The first is traced; a batch of one would become part of the program.
+    cases = [example_inputs(student, batch) for batch in (2, 3, 1)]
     with torch.no_grad():
         # Before the network is changed to be traced.
         expected = [_our_step(student, inputs) for inputs in cases]
         step = StudentStep(student).eval().requires_grad_(False)
-        dims = tuple({0: torch.export.Dim("batch")} if len(batches) > 1 and t.ndim else None for t in cases[0])
+        dims = tuple({0: torch.export.Dim("batch")} if t.ndim else None for t in cases[0])
         shapes = dims[:3] + (dims[3:],) * (len(dims) > 3)
         with use_path(replace(PLAIN, sdpa=True)):  # what the fast path keeps between calls is no part of a program
             exported = torch.export.export(step, cases[0], dynamic_shapes=shapes, strict=False)
@@ -375,8 +374,7 @@ def edm(model_path: str, dest: Path, num_steps: int | None) -> None:
 def program(model_path: str, dest: Path, num_steps: int | None) -> None:
     """One step of a student as .pt2 (torch.export) or .onnx.
 
-    For any batch size with EDM networks, for one image at a time with others. ONNX needs onnx, onnxscript and
-    onnxruntime.
+    For any batch size. ONNX needs onnx, onnxscript and onnxruntime.
 
     \b
     Examples:

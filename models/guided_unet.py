@@ -350,8 +350,8 @@ class GuidedUNet(nn.Module):
         """
         if (context is None) != (self.context_dim is None):
             raise ValueError("a network with transformer blocks needs a context, another one takes none")
-        emb = self.time_embed(self.positions(times)).expand(len(x), -1)
-        step_emb = None if step_condition is None else self.embed_steps(step_condition, len(x))
+        emb = self.time_embed(self.positions(times)).expand(x.shape[0], -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
         if context is not None:
             context = context.to(x.dtype)
         x, skips = arrange(x), []

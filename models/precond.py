@@ -324,13 +324,13 @@ class CFGPrecond(Precond):
         times = self.noise_schedule.step(sigma)
         step_condition = _optional(step_condition, x)
         if condition is not None:
-            condition = condition.expand(len(x), -1, -1)
+            condition = condition.expand(x.shape[0], -1, -1)
         if guidance_rate == 1 or condition is None:
             noise = self.model(core, times, condition, step_condition).float()
         else:
             if unconditional_condition is None:
                 raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
-            context = torch.cat([unconditional_condition.expand(len(x), -1, -1), condition])
+            context = torch.cat([unconditional_condition.expand(x.shape[0], -1, -1), condition])
             steps = step_condition
             if steps is not None and steps.numel() > 1:
                 steps = steps.repeat(2)
