@@ -202,7 +202,8 @@ def test_resume_path_refuses_other_settings_and_names_them(tmp_path):
 def test_resume_path_without_a_run_is_refused(form, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    invoke("train", *train_flags(teacher()), f"--resume={tmp_path / form}").refused(r"--resume.* holds no training_options")
+    given = f"--resume={tmp_path / form}"
+    invoke("train", *train_flags(teacher()), given).refused(rf"{given}: .* holds no training_options")
 
 
 def test_nosubdir_continues_in_place(tmp_path):

@@ -122,15 +122,20 @@ def _open_run(
         resume = "auto"  # torchrun repeats a command whose first attempt has made the run
     if resume not in ("auto", "never"):
         run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-        changed = _check_resumable(run_dir, config, override)
+        saved = read_options(run_dir)
+        if saved is None:
+            raise click.ClickException(
+                f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}"
+            )
+        changed = _changes(run_dir, saved, config, override)
         return OpenedRun(run_dir, _require_lock(run_dir), changed)
     make_folder(outdir, "--outdir")
     if not subdir:
-        changed = ()
-        if read_options(outdir) is not None:
+        changed, saved = (), read_options(outdir)
+        if saved is not None:
             if resume == "never":
                 raise click.ClickException(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
-            changed = _check_resumable(outdir, config, override)
+            changed = _changes(outdir, saved, config, override)
         return OpenedRun(outdir, _require_lock(outdir), changed)
     if resume == "auto":
         for run_dir in numbered(outdir):
@@ -157,11 +162,8 @@ def _require_lock(run_dir: Path) -> TextIO:
     return held
 
 
-def _check_resumable(run_dir: Path, config: DistillConfig, override: bool) -> tuple[str, ...]:
-    """What differs from the settings of the run; an error unless `override` allows it."""
-    saved = read_options(run_dir)
-    if saved is None:
-        raise click.ClickException(f"--resume: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}")
+def _changes(run_dir: Path, saved: dict[str, Any], config: DistillConfig, override: bool) -> tuple[str, ...]:
+    """What differs from the `saved` settings of the run; an error unless `override` allows it."""
     changed = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in config.to_json().items() if saved.get(k) != v]
     if changed and not override:
         raise click.ClickException(
