@@ -202,7 +202,7 @@ print([name for name in threads() if "gloo" in name], flush=True)
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads as Linux lists them")
 @pytest.mark.parametrize("way", ["explicit", "after an error"])
 def test_no_thread_of_the_group_outlives_it(way):
-    """One that did aborted or hung the process at its end, once in an estimated two hundred launches."""
+    """One that did could abort the process at its end, once in an estimated two hundred launches."""
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", LEAVE, way], cwd=ROOT, env={**os.environ, **env}, timeout=120,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip

@@ -76,8 +76,8 @@ class Board:
 def shutdown() -> None:
     """Leave the group and end its threads.
 
-    That has to be over before the interpreter ends: a thread of gloo that lets go of a tensor then aborts the process
-    (`terminate called without an active exception`) or hangs it.
+    That has to be over before the interpreter ends: a thread of gloo that then lets go of a tensor aborts the process
+    (`terminate called without an active exception`).
     """
     if dist.is_initialized():
         share_failures(None)
