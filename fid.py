@@ -19,7 +19,14 @@ from models.inception import RESIZES
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
+from torch_utils.device import (
+    PRECISIONS,
+    configure_backends,
+    device_option,
+    pick_device,
+    pick_precision,
+    precision_option,
+)
 from torch_utils.features import FeatureSet, extract, write_arrays
 from torch_utils.frechet import frechet_distance, kernel_distance
 from training import comparison
@@ -86,15 +93,12 @@ detector_options = options(
 machine_options = options(
     click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
     click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
-    click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME"),
+    device_option,
     offline_option,
     click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True),
 )
 metrics_option = click.option(
     "--metrics", help="List of " + ", ".join(METRICS), metavar="LIST", default="fid", callback=parse_metrics
-)
-precision_option = click.option(
-    "--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS))
 )
 record_options = options(
     click.option("--desc", help="Text for the record", metavar="STR"),

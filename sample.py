@@ -23,7 +23,14 @@ from models.registry import ROWS, get_row
 from models.sampling import Sampler, SamplerOptions, TeacherOptions, comparison_rows, open_sampler
 from solvers import SCHEDULES, SOLVERS, count_evaluations, get_solver
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
+from torch_utils.device import (
+    PRECISIONS,
+    configure_backends,
+    device_option,
+    pick_device,
+    pick_precision,
+    precision_option,
+)
 from torch_utils.image_writer import ImageWriter
 from torch_utils.images import draw_grid, save_picture, square_rows
 
@@ -175,8 +182,8 @@ def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptio
 @click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False", type=bool)
 @section("Machine")
 @click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
-@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@precision_option
+@device_option
 @offline_option
 @click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
 def main(model_path: str, dataset_name: str | None, seeds: list[int], class_index: int | None, **opts: Any) -> None:

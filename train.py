@@ -13,7 +13,7 @@ from dnnlib.cli import Command, offline_option, section
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
-from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
+from torch_utils.device import configure_backends, device_option, pick_device, pick_precision, precision_option
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, teacher_name
 from training.cost import estimate
@@ -85,9 +85,8 @@ class MicroBatch(click.IntRange):
               "cfg", type=click.Choice(["uncond", "cfg"]))  # fmt: skip
 @click.option("--guidance_rate", help="Rate of that guidance; default: the teacher's own, 7.5 for ms_coco", type=float)
 @section("Machine")
-@click.option("--precision", help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
-              type=click.Choice(list(PRECISIONS)))  # fmt: skip
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@precision_option
+@device_option
 @click.option("--gradient_checkpointing", help="Latent and LSUN networks: less memory, more time", type=bool,
               default=False)  # fmt: skip
 @click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)

@@ -44,9 +44,7 @@ def compose(bitmap: Image.Image, resolution: int) -> Image.Image:
 
 @click.command()
 @click.option("--font", help="Path of NotoColorEmoji.ttf", metavar="TTF", type=click.Path(exists=True), required=True)
-@click.option(
-    "--dest", help="Archive to write; default: the one beside this file", metavar="ZIP", default=DATASET
-)
+@click.option("--dest", help="Archive to write; default: the one beside this file", metavar="ZIP", default=DATASET)
 @click.option("--resolution", help="Height and width", metavar="INT", default=32, show_default=True)
 def main(font: str, dest: str, resolution: int) -> None:
     """Write the embedded data set from the emoji font."""

@@ -11,6 +11,15 @@ import click
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Decorators for commands: what `pick_device` and `pick_precision` take.
+device_option = click.option(
+    "--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME"
+)
+precision_option = click.option(
+    "--precision",
+    help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
+    type=click.Choice(list(PRECISIONS)),
+)
 
 # Parameters of glibc's mallopt: sizes from which memory comes straight from the system, or goes back to it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -36,7 +36,16 @@ from models.model import DiffusionModel
 from models.registry import DatasetRow, get_row
 from models.sampling import Sampler, network_batch
 from solvers import get_solver
-from torch_utils.device import PLAIN, PRECISIONS, FastPath, configure_backends, pick_device, pick_precision, use_path
+from torch_utils.device import (
+    PLAIN,
+    PRECISIONS,
+    FastPath,
+    configure_backends,
+    device_option,
+    pick_device,
+    pick_precision,
+    use_path,
+)
 from torch_utils.frechet import frechet_distance
 from torch_utils.images import to_uint8
 from torch_utils.manifold import precision_recall_density_coverage
@@ -295,7 +304,7 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @click.option("--json", "json_path", help="Write everything to this file too", metavar="FILE")
 @section("Machine")
 @click.option("--precision", help="Core of the fast networks; default: by device", type=click.Choice(list(PRECISIONS)))
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@device_option
 @click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
 def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
     """Time training, sampling and evaluation on this device, beside a plain baseline.

@@ -25,7 +25,7 @@ from dnnlib.cli import Command, offline_option, section
 from models.loading import RUNS_DIR, find_student, load_student
 from models.sampling import SamplerOptions, choose_prompts, draw_latents, student_sampler
 from solvers import solve
-from torch_utils.device import configure_backends, pick_device
+from torch_utils.device import configure_backends, device_option, pick_device
 
 from .comparison import INSTALL_MATPLOTLIB, draw
 from .config import DistillConfig
@@ -278,7 +278,7 @@ def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> No
 @section("Trajectories")
 @click.option("--num", help="Trajectories to draw: seeds 0 to so many", type=click.IntRange(1, 16), default=3)
 @click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@device_option
 @offline_option
 @section("Where to")
 @click.option("--dest", help="PNG to write; default: losses.png, trajectory.png or fd-….png of the first RUN",

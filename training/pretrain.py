@@ -27,7 +27,14 @@ from dnnlib import Logger, format_count, format_duration, make_folder, one_line_
 from dnnlib.cli import Command, section
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import read_state, save_network, save_state, usable_state
-from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
+from torch_utils.device import (
+    PRECISIONS,
+    configure_backends,
+    device_option,
+    pick_device,
+    pick_precision,
+    precision_option,
+)
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.random import derive_seed, generator, sample_generators, stacked_randn
 
@@ -275,8 +282,8 @@ def _integers(value: str) -> list[int]:
 @click.option("--ema", help="Half-life of the averaged weights, kimg", type=click.FloatRange(min=0), default=50)
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
 @section("Machine")
-@click.option("--precision", help="Core of the network; default: by device", type=click.Choice(list(PRECISIONS)))
-@click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+@precision_option
+@device_option
 @section("Progress")
 @click.option("--snap", help="Save every so many kimg", type=click.FloatRange(min=0, min_open=True), default=50)
 @click.option("-n", "--dry-run", help="Check and print what would be done, then stop", is_flag=True)
