@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import sample
-from dnnlib import make_folder, one_line_errors
-from dnnlib.cli import Group, offline_option, section
+from dnnlib import UserError, make_folder, one_line_errors
+from dnnlib.options import Group, offline_option, section
 from models.detectors import NAMES, Detector, load_detector
-from models.inception import RESIZES
+from models.detectors.inception import RESIZES
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler
 from torch_utils import distributed
+from torch_utils.arrays import write_arrays
 from torch_utils.device import (
     PRECISIONS,
     configure_backends,
@@ -27,18 +28,13 @@ from torch_utils.device import (
     pick_precision,
     precision_option,
 )
-from torch_utils.features import FeatureSet, extract, write_arrays
-from torch_utils.frechet import frechet_distance, kernel_distance
-from training import comparison
-from training.evaluation import (
-    REFERENCES,
-    Extractor,
-    append_records,
-    fingerprint,
-    locate,
-    seeded_batches,
-    split_blocks,
-)
+from torch_utils.metrics.features import FeatureSet, extract
+from torch_utils.metrics.frechet import frechet_distance
+from torch_utils.metrics.kernel import kernel_distance
+from training.evaluation import comparison
+from training.evaluation.extractor import Extractor
+from training.evaluation.records import append_records
+from training.evaluation.sources import REFERENCES, fingerprint, locate, seeded_batches, split_blocks
 
 METRICS = ("fid", "kid")
 REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
@@ -61,14 +57,14 @@ def parse_ints(context: click.Context | None, param: click.Parameter, value: str
     """`0` or `0,1,2` → integers without repetition."""
     parts = [part.strip() for part in value.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise click.ClickException(f"--{param.name}={value!r} does not parse; expected a list such as 0 or 0,1,2")
+        raise UserError(f"--{param.name}={value!r} does not parse; expected a list such as 0 or 0,1,2")
     return [int(part) for part in parts]
 
 
 def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
     if not set(names) <= set(METRICS) or len(set(names)) != len(names):
-        raise click.ClickException(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
+        raise UserError(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
     return names
 
 
@@ -114,7 +110,7 @@ def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extract
     distributed.init(device)
     detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
     if features is not None and not features.endswith(".npz"):
-        raise click.ClickException(f"--features={features} is not a name ending in .npz; choose one that is")
+        raise UserError(f"--features={features} is not a name ending in .npz; choose one that is")
     return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
 
 
@@ -256,7 +252,7 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
       python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
     """
     if not dest.endswith(".npz"):
-        raise click.ClickException(f"--dest={dest} is not a name ending in .npz; choose one that is")
+        raise UserError(f"--dest={dest} is not a name ending in .npz; choose one that is")
     if opts["dry_run"]:
         show_plan(data=data, dest=dest, features=features, detector=opts["detector"], resize=opts["resize"])
         return
@@ -295,7 +291,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     choices = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
     blocks = seed_blocks(seeds, trials)
     if trials > 1 and opts["features"]:
-        raise click.ClickException("--features holds the images of one evaluation; leave it or --trials out")
+        raise UserError("--features holds the images of one evaluation; leave it or --trials out")
     if opts["dry_run"]:
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
         plan["nfe"] = sample.planned_nfe(model_path, opts["dataset_name"], choices)
@@ -351,7 +347,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
     if len(seeds) <= nearest_k:
-        raise click.ClickException(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
+        raise UserError(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
     place = Path(outdir) if outdir else find_student(model_path).parent
     if opts["dry_run"]:
         show_plan(model_path=model_path, images=len(seeds), ref=ref, outdir=str(place), detector=opts["detector"],
@@ -380,7 +376,7 @@ def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
     """The seeds, and the same pattern shifted past its end for every further trial."""
     step = max(seeds) - min(seeds) + 1
     if max(seeds) + (trials - 1) * step > sample.MAX_SEED:
-        raise click.ClickException(f"--trials={trials} runs past the last seed, {sample.MAX_SEED}; use lower --seeds")
+        raise UserError(f"--trials={trials} runs past the last seed, {sample.MAX_SEED}; use lower --seeds")
     return [[seed + t * step for seed in seeds] for t in range(trials)]
 
 

@@ -9,12 +9,13 @@ import click
 import torch
 from numpy.typing import ArrayLike
 
-from dnnlib import one_line_errors
-from dnnlib.cli import Group, section
+from dnnlib import UserError, one_line_errors
+from dnnlib.options import Group, section
 from fid import detector_options, machine_options, open_extractor, record_options, show_plan
 from torch_utils import distributed
-from torch_utils.manifold import precision_recall_density_coverage
-from training.evaluation import append_records, fingerprint, locate, split_blocks
+from torch_utils.metrics.prdc import precision_recall_density_coverage
+from training.evaluation.records import append_records
+from training.evaluation.sources import fingerprint, locate, split_blocks
 
 
 def compute_prdc(
@@ -61,7 +62,7 @@ def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **op
       torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
     """
     if num <= nearest_k:
-        raise click.ClickException(f"--num={num} is too few for --nearest_k={nearest_k}; give at least {nearest_k + 1}")
+        raise UserError(f"--num={num} is too few for --nearest_k={nearest_k}; give at least {nearest_k + 1}")
     if opts["dry_run"]:
         show_plan(images=images, images_ref=images_ref, num=num, seed=seed, nearest_k=nearest_k,
                   detector=opts["detector"])  # fmt: skip
@@ -72,7 +73,7 @@ def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **op
     ref_count = extractor.count(ref_path)
     ref_block = split_blocks(ref_count, min(num, ref_count), [seed], trials=1)[0]
     if len(ref_block) <= nearest_k:
-        raise click.ClickException(f"{images_ref} has {ref_count} images, too few for --nearest_k={nearest_k}")
+        raise UserError(f"{images_ref} has {ref_count} images, too few for --nearest_k={nearest_k}")
     fake = extractor.blocks(Path(images), blocks, keep=True, moments=False)[0]
     real = extractor.without_cache().blocks(ref_path, [ref_block], keep=True, moments=False)[0]
 

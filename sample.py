@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from dnnlib import make_folder, one_line_errors, write_text
-from dnnlib.cli import Command, offline_option, section
-from models.diffusers_folder import is_stable_diffusion
+from dnnlib import UserError, make_folder, one_line_errors, write_text
+from dnnlib.options import Command, offline_option, section
 from models.loading import find_student, is_teacher_file, read_sampling
+from models.published.diffusers import is_stable_diffusion
 from models.registry import ROWS, get_row
 from models.sampling import Sampler, SamplerOptions, TeacherOptions, comparison_rows, open_sampler
 from solvers import SCHEDULES, SOLVERS, count_evaluations, get_solver
@@ -47,9 +47,7 @@ def parse_seeds(context: click.Context | None, param: click.Parameter | None, va
         first = int(match[1]) if match else 0
         last = int(match[2]) if match and match[2] else first
         if not match or not first <= last <= MAX_SEED or len(seeds) + last - first >= MAX_RANGE:
-            raise click.ClickException(
-                f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10"
-            )
+            raise UserError(f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10")
         seeds.update(dict.fromkeys(range(first, last + 1)))
     return list(seeds)
 
@@ -124,7 +122,7 @@ def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptio
         is_registered = model_path == "teacher" or is_stable_diffusion(Path(model_path))
         path = None if is_registered else find_student(model_path)
         settings = None if path is None or is_teacher_file(path) else read_sampling(path)
-    except click.ClickException:
+    except UserError:
         return None
     try:
         if settings is not None:
@@ -136,7 +134,7 @@ def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptio
         solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
         evaluations = count_evaluations(solver, o.num_steps, o.afs) + o.denoise_to_zero
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise UserError(str(error)) from None
     own_rate = 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate
     rate = own_rate if o.guidance_rate is None else o.guidance_rate
     return evaluations * (1 if rate == 1 else 2)
@@ -217,7 +215,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")
     if opts["grid"] or opts["compare"]:
         if outdir.suffix == ".zip":
-            raise click.ClickException(f"--outdir={outdir} is an archive; a single picture needs a folder")
+            raise UserError(f"--outdir={outdir} is an archive; a single picture needs a folder")
         # One picture is small work: rank 0 does it while the others wait.
         draw = write_comparison if opts["compare"] else write_grid
         path = distributed.on_first_rank(lambda: draw(sampler, seeds, class_index, opts["batch"], outdir))

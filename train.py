@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from dnnlib import one_line_errors
-from dnnlib.cli import Command, offline_option, section
+from dnnlib import UserError, one_line_errors
+from dnnlib.options import Command, offline_option, section
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
@@ -123,7 +123,7 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
     config = DistillConfig(name, model_path=model_path, M=m, **settings)
     check(config)
     if opts["resume_override"] and opts["resume"] in ("auto", "never") and not opts["nosubdir"]:
-        raise click.ClickException(
+        raise UserError(
             "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
         )
     processes = distributed.expected_world_size()

@@ -1,15 +1,18 @@
-"""Small helpers without torch: command-line errors, files, formatting, logging."""
+"""Small helpers without torch: errors, options of commands, signals, files, downloads, formatting, logging."""
 
-from .cli import one_line_errors
+from .errors import UserError, first_line, need, one_line_errors
 from .files import make_folder, replacing, sha256_of, write_text
 from .formatting import format_count, format_duration
 from .logger import Logger
 
 __all__ = [
     "Logger",
+    "UserError",
+    "first_line",
     "format_count",
     "format_duration",
     "make_folder",
+    "need",
     "one_line_errors",
     "replacing",
     "sha256_of",

@@ -26,6 +26,7 @@ import click
 import requests
 from tqdm import tqdm
 
+from .errors import UserError
 from .files import sha256_of, write_text
 
 HUB = "https://huggingface.co/"
@@ -61,7 +62,7 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
         offline: never use the network; None asks `SFD_OFFLINE`.
 
     Raises:
-        click.ClickException: the file is neither there nor to be had, or it is not the expected one.
+        UserError: the file is neither there nor to be had, or it is not the expected one.
     """
     dest = Path(dest)
     if isinstance(urls, str) or not urls or not all(url.startswith(("https://", "http://")) for url in urls):
@@ -73,7 +74,7 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
         if _is_there(dest, sha256):
             return dest
         if is_offline() if offline is None else offline:
-            raise click.ClickException(
+            raise UserError(
                 f"offline, and {dest} is not there; get it from {_shown(urls[0])} and put it there, "
                 "or run without --offline and SFD_OFFLINE"
             )
@@ -90,7 +91,7 @@ def derive(dest: str | os.PathLike, make: Callable[[], object]) -> Path:
     `make` writes it, all or nothing, once for all processes that ask. From then on it is verified like a download.
 
     Raises:
-        click.ClickException: it cannot be made, or has changed since.
+        UserError: it cannot be made, or has changed since.
     """
     dest = Path(dest)
     with _one_line_errors(f"make {dest}", dest):
@@ -115,7 +116,7 @@ def _one_line_errors(attempt: str, dest: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise click.ClickException(
+        raise UserError(
             f"cannot {attempt}: {error.filename or dest}: {error.strerror or error}; "
             f"make {dest} writable, put the file there by hand, or let SFD_CACHE name another directory"
         ) from None
@@ -164,13 +165,13 @@ def _is_there(dest: Path, sha256: str | None) -> bool:
     if not dest.exists():
         return False
     if not dest.is_file():
-        raise click.ClickException(f"{dest} is not a file; move it away to have the file fetched there")
+        raise UserError(f"{dest} is not a file; move it away to have the file fetched there")
     entry, stat = _read_record().get(_key(dest), {}), dest.stat()
     unchanged = (entry.get("size"), entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
     digest = entry["sha256"] if unchanged else sha256_of(dest)
     difference = _difference(digest, dest, sha256)
     if difference:
-        raise click.ClickException(f"{dest} is not the expected file: {difference}; delete it to have it fetched again")
+        raise UserError(f"{dest} is not the expected file: {difference}; delete it to have it fetched again")
     if not unchanged:
         _write_record(dest, digest)
     return True
@@ -215,7 +216,7 @@ def _read_record() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise click.ClickException(
+        raise UserError(
             f"{path} is damaged; expected the checksums of downloaded files: mend it, or delete it to record them anew"
         ) from None
     return record
@@ -289,7 +290,7 @@ def _download(urls: Sequence[str], dest: Path, sha256: str | None) -> None:
             continue
         _write_record(dest, digest)
         return
-    raise click.ClickException(
+    raise UserError(
         f"cannot fetch {dest.name} ({'; '.join(failures)}); put the file by hand at {dest}, "
         "or let SFD_CACHE name another directory"
     )

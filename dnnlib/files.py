@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
+from .errors import UserError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
@@ -48,9 +48,7 @@ def make_folder(path: str | Path, flag: str) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(0, "no permission to write")
     except OSError as error:
-        raise click.ClickException(
-            f"{flag}={path} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"{flag}={path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,8 +1,8 @@
 """Networks, preconditioning, the registry of data sets, and loaders."""
 
-from .edm_unets import DhariwalUNet, SongUNet
 from .loading import load_student, load_teacher
 from .model import DiffusionModel, SamplingSettings, Student
+from .networks.edm_unets import DhariwalUNet, SongUNet
 from .precond import EDMPrecond
 
 __all__ = [

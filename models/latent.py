@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from .autoencoders import Autoencoder, load_autoencoder
-from .text import TextEncoder
+from dnnlib import UserError
+
+from .networks.autoencoders import Autoencoder, load_autoencoder
+from .networks.clip_text import TextEncoder
 
 FIRST_STAGE, TEXT = "first_stage_model.", "cond_stage_model."
 
@@ -60,5 +61,5 @@ class LatentSpace:
         tensors, path = self._file
         part = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if not part:
-            raise click.ClickException(f"{path} holds no {prefix}* tensors; expected the complete published file")
+            raise UserError(f"{path} holds no {prefix}* tensors; expected the complete published file")
         return part, path

@@ -10,20 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from torch_utils.archives import read_checkpoint
+from dnnlib import UserError
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
-from torch_utils.edm_pickle import read_edm_pickle
 
-from .diffusers_folder import UNET, is_stable_diffusion, read_stable_diffusion
-from .guided_unet import GuidedUNet
 from .latent import FIRST_STAGE, TEXT, LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
-from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, DiscreteNoise, EDMPrecond, Precond
-from .reference_students import is_reference_student, read_reference_student
+from .networks.guided_unet import GuidedUNet
+from .noise import DiscreteNoise
+from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDMPrecond, Precond
+from .published.diffusers import UNET, is_stable_diffusion, read_stable_diffusion
+from .published.edm_pickle import read_edm_pickle
+from .published.reference_students import is_reference_student, read_reference_student
+from .published.torch_checkpoint import read_checkpoint
 from .registry import ROWS, DatasetRow, fetch_weights, get_row
 
 RUNS_DIR = Path("exps")
@@ -67,15 +68,13 @@ def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
     arguments = {name: value for name, value in spec.items() if name != "class"}
     name = spec.get("class")
     if not isinstance(name, str) or name not in PRECONDITIONERS:
-        raise click.ClickException(
-            f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(PRECONDITIONERS)}"
-        )
+        raise UserError(f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(PRECONDITIONERS)}")
     _check_arguments(PRECONDITIONERS[name], arguments, source)
     try:
         with torch.device("meta"):
             return PRECONDITIONERS[name](**arguments)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise click.ClickException(f"{source} describes a network that cannot be built ({error})") from None
+        raise UserError(f"{source} describes a network that cannot be built ({error})") from None
 
 
 def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str) -> None:
@@ -86,16 +85,14 @@ def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str)
     unknown = set(arguments) - known
     blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])
     if unknown:
-        raise click.ClickException(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
+        raise UserError(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
     for name, (lowest, highest) in RANGES.items():
         value = arguments.get(name, lowest)
         types = (int,) if isinstance(lowest, int) else (int, float)
         if type(value) not in types or not lowest <= value <= highest:
-            raise click.ClickException(
-                f"{source} describes a network with {name} {value!r}; expected {lowest:g} to {highest:g}"
-            )
+            raise UserError(f"{source} describes a network with {name} {value!r}; expected {lowest:g} to {highest:g}")
     if not isinstance(blocks, int) or blocks > 64 or not isinstance(levels, (list, tuple)) or len(levels) > 16:
-        raise click.ClickException(
+        raise UserError(
             f"{source} describes an unusable network (num_blocks {blocks!r}, channel_mult {str(levels)[:60]})"
         )
 
@@ -108,7 +105,7 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         from omegaconf import OmegaConf
     except ImportError as error:
-        raise click.ClickException(
+        raise UserError(
             f"the networks of published models are described in YAML, which omegaconf reads ({error}); "
             "run: pip install omegaconf"
         ) from None
@@ -152,7 +149,7 @@ def load_teacher(
         device: where to put it.
 
     Raises:
-        click.ClickException: unknown name, unreadable file, or one that is not what it should be.
+        UserError: unknown name, unreadable file, or one that is not what it should be.
     """
     if model_path is not None and is_stable_diffusion(model_path):
         row = _stable_diffusion_row(dataset_name, model_path)
@@ -163,7 +160,7 @@ def load_teacher(
         own = DatasetRow(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
         row = own if latent is None else get_row(name)
     elif dataset_name is None:
-        raise click.ClickException("no dataset_name and no model_path; give --dataset_name, or the file of a teacher")
+        raise UserError("no dataset_name and no model_path; give --dataset_name, or the file of a teacher")
     else:
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
@@ -174,7 +171,7 @@ def load_teacher(
 def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetRow:
     names = [row.name for row in ROWS.values() if row.loader == "stable-diffusion"]
     if dataset_name not in names:
-        raise click.ClickException(f"{model_path} is a Stable Diffusion model; give --dataset_name={names[0]} with it")
+        raise UserError(f"{model_path} is a Stable Diffusion model; give --dataset_name={names[0]} with it")
     return ROWS[dataset_name]
 
 
@@ -211,7 +208,7 @@ def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:
     if path is None or row is None or row.loader != "stable-diffusion":
         return None
     if not Path(path).exists():
-        raise click.ClickException(
+        raise UserError(
             f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed, put it back"
         )
     return Path(path) if is_stable_diffusion(path) else None
@@ -247,9 +244,7 @@ def _check_noise(own: DiscreteNoise | None, recorded: Tensor | None, path: Path)
         return
     levels = None if own is None else own.alphas_cumprod
     if levels is None or recorded.shape != levels.shape or not torch.allclose(recorded.double(), levels, rtol=1e-2):
-        raise click.ClickException(
-            f"{path} records another noise schedule than its model has; expected the published file"
-        )
+        raise UserError(f"{path} records another noise schedule than its model has; expected the published file")
 
 
 def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,7 +260,7 @@ def _latent_space(net: Precond, dataset_name: str, source: str, own: Path | None
     space = (net.img_channels, net.img_resolution, has_text)
     if row is None or (row.latent_channels, row.latent_resolution, row.text) != space:
         kind = f"{net.img_channels}×{net.img_resolution}² latents {'with' if has_text else 'without'} text"
-        raise click.ClickException(
+        raise UserError(
             f"{source} is a network for {kind}, which {dataset_name} does not have; "
             "expected one of a latent data set, whose published file decodes them"
         )
@@ -281,9 +276,7 @@ def _read_own_teacher(path: Path) -> Precond:
         tensors, settings = read_network(path)
         is_student, spec = settings.get("format") != "teacher", settings["network"]
     if is_student:
-        raise click.ClickException(
-            f"{path} is a student, not a teacher; to distil it further, add --is_second_stage=True"
-        )
+        raise UserError(f"{path} is a student, not a teacher; to distil it further, add --is_second_stage=True")
     return build_network(spec, tensors, str(path))
 
 
@@ -320,7 +313,7 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
             number of a run under `./exps`.
 
     Raises:
-        click.ClickException: no such file or run, or one that is not a student.
+        UserError: no such file or run, or one that is not a student.
     """
     path = find_student(path)
     if path.suffix == ".pkl":
@@ -331,15 +324,13 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
         spec = settings["network"]
     net = build_network(spec, tensors, str(path))
     if net.model.use_step_condition != sampling.use_step_condition:
-        raise click.ClickException(
-            f"{path} contradicts itself: its network and its settings differ in use_step_condition"
-        )
+        raise UserError(f"{path} contradicts itself: its network and its settings differ in use_step_condition")
     latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
     model = Student(net, sampling, latent)
     try:
         sampling.schedule(model.noise_schedule)
     except ValueError as error:
-        raise click.ClickException(f"{path} holds a student that cannot be sampled: {error}") from None
+        raise UserError(f"{path} holds a student that cannot be sampled: {error}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -350,7 +341,7 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
         return read_reference_student(path)[2]
     settings = read_settings(path)
     if settings.get("format") != "student":
-        raise click.ClickException(f"{path} is a teacher, not a student; sample it with --model_path=teacher")
+        raise UserError(f"{path} is a teacher, not a student; sample it with --model_path=teacher")
     return SamplingSettings.from_json(settings.get("sampling"), str(path))
 
 
@@ -369,11 +360,11 @@ def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
         number = f"{int(str(path)):05d}"
         runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
         if not runs:
-            raise click.ClickException(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
+            raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
         path = runs[0]
     if not Path(path).is_dir():
         return Path(path)
     snapshots = [(int(m[1]), p) for p in Path(path).iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
     if not snapshots:
-        raise click.ClickException(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
+        raise UserError(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
     return max(snapshots)[1]

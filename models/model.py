@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
+from dnnlib import UserError
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, count_evaluations, get_schedule, get_solver
 
 from .latent import LatentSpace
@@ -99,7 +99,7 @@ class SamplingSettings:
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             return cls(**fields)
         except (TypeError, ValueError) as error:
-            raise click.ClickException(f"{source} does not hold usable sampling settings ({error})") from None
+            raise UserError(f"{source} does not hold usable sampling settings ({error})") from None
 
 
 class DiffusionModel(nn.Module):
@@ -170,14 +170,12 @@ class DiffusionModel(nn.Module):
         """Refuse a class that the model does not have."""
         if index is not None and index >= self.label_dim:
             has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes; leave --class out"
-            raise click.ClickException(f"--class={index}, but {self.dataset_name} has {has}")
+            raise UserError(f"--class={index}, but {self.dataset_name} has {has}")
 
     def check_prompt(self, prompt: str | None) -> None:
         """Refuse a caption for a model that takes none."""
         if prompt is not None and not self.has_text:
-            raise click.ClickException(
-                f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text"
-            )
+            raise UserError(f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text")
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""

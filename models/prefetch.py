@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from dnnlib import one_line_errors
-from dnnlib.cli import Command, offline_option, section
+from dnnlib import UserError, one_line_errors
 from dnnlib.download import cache_dir
+from dnnlib.options import Command, offline_option, section
 
 from .detectors import fetch_inception
-from .lpips import fetch_lpips
+from .detectors.lpips import fetch_lpips
+from .networks.clip_text import find_tokenizer
 from .registry import ROWS, fetch_captions, fetch_weights
-from .text import find_tokenizer
 
 #: What is no data set: from a name to what returns the files, or the directory with them.
 OTHERS: dict[str, Callable[[], Path | list[Path]]] = {
@@ -34,7 +34,7 @@ def expand(names: Sequence[str]) -> list[str]:
     known = [*ROWS, *OTHERS]
     unknown = [name for name in names if name not in (*known, "all")]
     if unknown:
-        raise click.ClickException(f"unknown name {unknown[0]!r}; expected all, {', '.join(known)}")
+        raise UserError(f"unknown name {unknown[0]!r}; expected all, {', '.join(known)}")
     wanted: dict[str, None] = {}
     for name in known if "all" in names else names:
         wanted.update(dict.fromkeys((name, *(TEXT if name in ROWS and ROWS[name].text else ()))))
@@ -82,11 +82,11 @@ def main(names: Sequence[str]) -> None:
     for name in expand(names):
         try:
             click.echo(f"{name}: {prefetch(name)}")
-        except click.ClickException as error:
-            click.echo(f"{name}: missing: {error.format_message()}", err=True)
+        except UserError as error:
+            click.echo(f"{name}: missing: {error.message}", err=True)
             missing.append(name)
     if missing:
-        raise click.ClickException(f"not everything is there; missing: {', '.join(missing)}")
+        raise UserError(f"not everything is there; missing: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

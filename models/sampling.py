@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dnnlib import sha256_of
+from dnnlib import UserError, sha256_of
 from solvers import Solver, count_evaluations, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
-from .diffusers_folder import folder_digest, is_stable_diffusion
 from .loading import find_student, is_teacher_file, load_student, load_teacher
 from .model import VARIABLE_STEPS, DiffusionModel, Student
-from .registry import fetch_captions, get_row
-from .text import read_prompts
+from .prompts import Prompts, choose_prompts
+from .published.diffusers import folder_digest, is_stable_diffusion
+from .registry import get_row
 
 #: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.
 CPU_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Captions for a text-conditioned model.
-
-    Attributes:
-        texts: one or more.
-        drawn: each seed draws its caption; otherwise seed i gets number i, and they start again at the end.
-    """
-
-    texts: Sequence[str]
-    drawn: bool = False
-
-    def choose(self, seeds: Sequence[int], generators: Sequence[torch.Generator]) -> list[str]:
-        """The caption of each seed, whose generator has drawn its noise."""
-        if self.drawn:
-            return [self.texts[i] for i in stacked_randint(generators, len(self.texts)).tolist()]
-        return [self.texts[seed % len(self.texts)] for seed in seeds]
-
-
-def captions_by_seed() -> Prompts:
-    """The captions that text-conditioned models are trained and evaluated with."""
-    return Prompts(read_prompts(fetch_captions()), drawn=True)
 
 
 @dataclass(frozen=True)
@@ -140,20 +114,18 @@ def student_sampler(
     `guidance_rate` replaces the student's own, for a text-conditioned one.
 
     Raises:
-        click.ClickException: the student serves another number of timestamps.
+        UserError: the student serves another number of timestamps.
     """
     settings = student.sampling
     if num_steps is not None and num_steps != settings.num_steps:
         if not settings.is_variable:
-            raise click.ClickException(
+            raise UserError(
                 f"--num_steps={num_steps}, but the student was distilled for {settings.num_steps}; leave the flag out, "
                 "or train one with --use_step_condition=True"
             )
         low, high = min(VARIABLE_STEPS), max(VARIABLE_STEPS)
         if not low <= num_steps <= high:
-            raise click.ClickException(
-                f"--num_steps={num_steps} is not what SFD-v is made for; choose from {low} to {high}"
-            )
+            raise UserError(f"--num_steps={num_steps} is not what SFD-v is made for; choose from {low} to {high}")
         settings = replace(settings, num_steps=num_steps)
     sigmas = settings.schedule(student.noise_schedule)
     rate = student.guidance_rate if guidance_rate is None else guidance_rate
@@ -210,33 +182,9 @@ def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions, prompts: P
             o.schedule_type, o.num_steps, teacher.sigma_min, teacher.sigma_max, o.schedule_rho, teacher.noise_schedule
         )
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise UserError(str(error)) from None
     rate = teacher.guidance_rate if o.guidance_rate is None else o.guidance_rate
     return Sampler(teacher, solver, sigmas, o.afs, None, rate, o.denoise_to_zero, prompts)
-
-
-def choose_prompts(model: DiffusionModel, options: SamplerOptions) -> Prompts | None:
-    """The captions that a command line asks for: one, those of a file, or by seed; None for a model without text.
-
-    Raises:
-        click.ClickException: captions or guidance for a model without text, a file of them that cannot be used, or both
-            ways of giving them.
-    """
-    if not model.has_text:
-        model.check_prompt(options.prompt)
-        for name in ("prompts", "guidance_rate"):
-            if getattr(options, name) is not None:
-                raise click.ClickException(
-                    f"--{name} needs a text-conditioned model (ms_coco); {model.dataset_name} has no text"
-                )
-        return None
-    if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
-        raise click.ClickException(f"--guidance_rate={options.guidance_rate} is not a finite number; give one")
-    if options.prompt is not None and options.prompts is not None:
-        raise click.ClickException("--prompt and --prompts both give captions; leave one of them out")
-    if options.prompt is not None:
-        return Prompts([options.prompt])
-    return captions_by_seed() if options.prompts is None else Prompts(read_prompts(options.prompts))
 
 
 @dataclass(frozen=True)
@@ -260,7 +208,7 @@ def open_sampler(
         dtype: of the network's core.
 
     Raises:
-        click.ClickException: whatever does not fit together.
+        UserError: whatever does not fit together.
     """
     path = None if model_path == "teacher" else Path(model_path)
     if path is not None and not is_stable_diffusion(path):
@@ -294,12 +242,12 @@ def open_sampler(
 
 def _check_student(student: Student, dataset_name: str | None, options: SamplerOptions) -> None:
     if dataset_name is not None and dataset_name != student.dataset_name:
-        raise click.ClickException(
+        raise UserError(
             f"--dataset_name={dataset_name}, but the student is of {student.dataset_name}; leave the flag out"
         )
     foreign = [name for name in options.given() if name not in STUDENT_OPTIONS]
     if foreign:
-        raise click.ClickException(
+        raise UserError(
             f"--{foreign[0]} belongs to a teacher; a student takes the steps it was distilled for, so leave it out"
         )
 
@@ -308,11 +256,11 @@ def comparison_rows(student: Sampler) -> list[tuple[str, Sampler]]:
     """The samplers to show beside a student: its teacher at 35 NFE first, then training-free solvers, then itself.
 
     Raises:
-        click.ClickException: not a student, or its teacher is not to be had.
+        UserError: not a student, or its teacher is not to be had.
     """
     model = student.model
     if not isinstance(model, Student):
-        raise click.ClickException("--compare=True is for a student; for a teacher, choose a --solver")
+        raise UserError("--compare=True is for a student; for a teacher, choose a --solver")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
     # Without AFS, so many timestamps give the evaluations of the student.

@@ -1,15 +1,12 @@
 """Tests run from the repository root, on few threads: the networks are tiny and CI has two cores."""
 
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-for path in (ROOT, ROOT / "tests"):
-    sys.path.insert(0, str(path))
 
 torch.set_num_threads(1)
 # A shell starts what it puts into the background deaf to Ctrl-C, which tests send to the programs that they start.
@@ -18,5 +15,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def no_calibration(monkeypatch):
-    """A dry run times the machine for five seconds; tests/test_bench.py looks at that, the others do without."""
+    """A dry run times the machine for five seconds; tests/training/test_bench.py looks at that, the others do without."""
     monkeypatch.setattr("train.estimate", lambda *args: "Time: not measured")

@@ -20,8 +20,9 @@ import torch
 from golden_files import Golden
 from torch import Tensor
 
-from models.autoencoders import AUTOENCODERS
-from models.precond import PRECONDITIONERS, DiscreteNoise
+from models.networks.autoencoders import AUTOENCODERS
+from models.noise import DiscreteNoise
+from models.precond import PRECONDITIONERS
 from models.registry import CAPTIONS_URL, ROWS
 
 UNET = dict(model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2])

@@ -156,7 +156,9 @@ def flags(*defaults: dict[str, Any], **changes: Any) -> list[str]:
     merged: dict[str, Any] = {}
     for values in (*defaults, changes):
         merged.update(values)
-    return [f"--{name.replace('batch_gpu', 'batch-gpu')}={value}" for name, value in merged.items() if value is not None]
+    return [
+        f"--{name.replace('batch_gpu', 'batch-gpu')}={value}" for name, value in merged.items() if value is not None
+    ]
 
 
 def train_flags(teacher: Path | None, **changes: Any) -> list[str]:
@@ -224,7 +226,8 @@ class Result:
 
 def invoke(script: str, *args: Any) -> Result:
     """Run a script's command in this process, exactly as its last line does (`one_line_errors`)."""
-    main = importlib.import_module(script).main  # `training.pretrain` is a script too
+    module = importlib.import_module(script)  # `training.pretrain` is a script too, `models.export` a package
+    main = (importlib.import_module(f"{script}.__main__") if hasattr(module, "__path__") else module).main
     output, code = io.StringIO(), 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         with mock.patch.object(sys, "argv", [f"{script}.py", *map(str, args)]):
@@ -261,7 +264,8 @@ def _rank_main(script: str, args: list[str], env: dict[str, str], cwd: str, log:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     sys.argv = [f"{script}.py", *args]
-    main = importlib.import_module(script).main  # `training.pretrain` is a script too
+    module = importlib.import_module(script)  # `training.pretrain` is a script too, `models.export` a package
+    main = (importlib.import_module(f"{script}.__main__") if hasattr(module, "__path__") else module).main
     try:
         one_line_errors(main)()
     finally:
@@ -307,7 +311,9 @@ def start_ranks(
     for rank in range(processes):
         env = dict(base, RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else base
         log = Path(cwd) / f".rank{rank}-{time.monotonic_ns()}.log"
-        process = _context().Process(target=_rank_main, args=(script, list(map(str, args)), env, str(cwd), str(log), kill, disk))
+        process = _context().Process(
+            target=_rank_main, args=(script, list(map(str, args)), env, str(cwd), str(log), kill, disk)
+        )
         process.start()
         started.append((process, log))
     return started

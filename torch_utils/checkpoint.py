@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnnlib import replacing
+from dnnlib import UserError, replacing
 
 PathLike = str | Path
 METADATA_KEY = "sfd"
@@ -47,9 +46,7 @@ def _writing(path: PathLike) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise click.ClickException(
-            f"{path} cannot be written ({reason}); the file before it, if any, is kept"
-        ) from None
+        raise UserError(f"{path} cannot be written ({reason}); the file before it, if any, is kept") from None
 
 
 def read_settings(path: PathLike) -> dict[str, Any]:
@@ -72,22 +69,22 @@ def _read_tensor(path: PathLike, file: Any, name: str) -> Tensor:
         copy = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else None
     except (SafetensorError, RuntimeError) as error:  # types of number that torch does not know, or not how to convert
         reason = str(error).splitlines()[0][:120]
-        raise click.ClickException(f"{path} holds {name} in an unusable form ({reason}); expected float32") from None
+        raise UserError(f"{path} holds {name} in an unusable form ({reason}); expected float32") from None
     if copy is None:
-        raise click.ClickException(f"{path} holds {name} as {tensor.dtype}; expected floating point")
+        raise UserError(f"{path} holds {name} as {tensor.dtype}; expected floating point")
     if not copy.isfinite().all():
-        raise click.ClickException(f"{path} holds numbers in {name} that are not finite; make it again")
+        raise UserError(f"{path} holds numbers in {name} that are not finite; make it again")
     return copy
 
 
 def _open_network(path: PathLike) -> Any:
     if not os.path.isfile(path):
-        raise click.ClickException(f"{path} does not exist; expected a .safetensors network file")
+        raise UserError(f"{path} does not exist; expected a .safetensors network file")
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise click.ClickException(
+        raise UserError(
             f"{path} is not a readable network file ({reason}); it is truncated or was not written by train.py"
         ) from None
 
@@ -98,7 +95,7 @@ def _parse_settings(path: PathLike, metadata: Any) -> dict[str, Any]:
         if not isinstance(settings["network"], dict):
             raise TypeError
     except (TypeError, KeyError, ValueError, RecursionError):
-        raise click.ClickException(
+        raise UserError(
             f"{path} holds tensors without this program's settings; expected a file of train.py or training.pretrain"
         ) from None
     return settings
@@ -115,7 +112,7 @@ def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ]
     differences = missing + unexpected + shapes
     if differences:
-        raise click.ClickException(
+        raise UserError(
             f"{source} does not fit the network: {len(differences)} differences, first {'; '.join(differences[:4])}"
         )
 
@@ -137,12 +134,12 @@ def usable_state(path: PathLike) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise click.ClickException(f"{path} does not exist; expected a training state") from None
+        raise UserError(f"{path} does not exist; expected a training state") from None
     except DAMAGED as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise  # that is no fault of the file
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise click.ClickException(
+        raise UserError(
             f"{path} is not a readable training state ({reason}); remove it to start this run again"
         ) from None
 

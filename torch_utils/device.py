@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import torch
 
+from dnnlib import UserError
+
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Decorators for commands: what `pick_device` and `pick_precision` take.
-device_option = click.option(
-    "--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME"
-)
+device_option = click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
 precision_option = click.option(
     "--precision",
     help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
@@ -78,19 +78,17 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise click.ClickException(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise click.ClickException(
-                f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu"
-            )
+            raise UserError(f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise click.ClickException("--device=mps is not available here; use --device=cpu")
+        raise UserError("--device=mps is not available here; use --device=cpu")
     if device.type not in ("cpu", "mps"):
-        raise click.ClickException(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps")
     return device
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import click
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dnnlib.cli import share_failures
+from dnnlib import UserError
+from dnnlib.errors import share_failures
 
 T = TypeVar("T")
 #: How long a process waits for one that is slower. Rank 0 alone writes files and compares features meanwhile.
@@ -113,7 +113,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             result[0] = action()
-        except (click.ClickException, OSError) as error:
+        except (UserError, OSError) as error:
             result[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(result, src=0)

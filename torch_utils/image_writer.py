@@ -14,10 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-import click
 import numpy as np
 
-from dnnlib import make_folder, replacing, write_text
+from dnnlib import UserError, make_folder, replacing, write_text
 
 from . import distributed
 from .images import to_pil
@@ -62,7 +61,7 @@ class ImageWriter:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
         except BlockingIOError:
-            raise click.ClickException(
+            raise UserError(
                 f"{self.dest} is being written by another process; wait for it, or choose another --outdir"
             ) from None
         self._refuse_existing_archive()  # it may have been completed while we looked
@@ -74,7 +73,7 @@ class ImageWriter:
 
     def _refuse_existing_archive(self) -> None:
         if self.zipped and self.dest.exists():
-            raise click.ClickException(f"{self.dest} already exists; remove it, or choose another --outdir")
+            raise UserError(f"{self.dest} already exists; remove it, or choose another --outdir")
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse images of other options, and write down ours."""
@@ -84,15 +83,13 @@ class ImageWriter:
                 saved = json.loads(path.read_text(encoding="utf-8"))
                 changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
             except (ValueError, AttributeError, TypeError):
-                raise click.ClickException(f"{path} is not readable; choose another --outdir") from None
+                raise UserError(f"{path} is not readable; choose another --outdir") from None
             if changed:
-                raise click.ClickException(
+                raise UserError(
                     f"{self.folder} holds images made with another {', '.join(changed)}; choose another --outdir"
                 )
         elif any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png")):
-            raise click.ClickException(
-                f"{self.folder} holds images that sample.py did not make; choose another --outdir"
-            )
+            raise UserError(f"{self.folder} holds images that sample.py did not make; choose another --outdir")
         write_text(path, json.dumps(options, indent=2) + "\n")
 
     def path(self, seed: int) -> Path:
@@ -120,7 +117,7 @@ class ImageWriter:
                 to_pil(image).save(temporary, "PNG")
         except OSError as error:  # Pillow's own say nothing on a full disk
             reason = error.strerror or "is the disk full?"
-            raise click.ClickException(
+            raise UserError(
                 f"{path} cannot be written ({reason}); make room and repeat the command, it goes on from there"
             ) from None
 

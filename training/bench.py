@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
-from dnnlib.cli import Command, section
-from models.autoencoders import AUTOENCODERS
-from models.inception import InceptionV3
+from dnnlib.options import Command, section
+from models.detectors.inception import InceptionV3
 from models.latent import FIRST_STAGE, LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
 from models.model import DiffusionModel
+from models.networks.autoencoders import AUTOENCODERS
 from models.registry import DatasetRow, get_row
 from models.sampling import Sampler, network_batch
 from solvers import get_solver
@@ -46,9 +46,9 @@ from torch_utils.device import (
     pick_precision,
     use_path,
 )
-from torch_utils.frechet import frechet_distance
 from torch_utils.images import to_uint8
-from torch_utils.manifold import precision_recall_density_coverage
+from torch_utils.metrics.frechet import frechet_distance
+from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from .config import DistillConfig
 from .cost import TRAINED, Cost, fill_randomly, largest_micro_batch, matrix_peak, random_inputs, run_cost, timed

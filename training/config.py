@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import click
-
+from dnnlib import UserError
 from models.loading import find_student, own_name, read_sampling
 from models.model import VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
@@ -132,15 +131,13 @@ def teacher_name(dataset_name: str | None, model_path: str | None, is_second_sta
         return get_row(dataset_name).name
     if model_path is not None:
         return own_name(model_path)
-    raise click.ClickException(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+    raise UserError(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
 
 
 def first_student(model_path: str | None) -> str:
     """Where the student of the first stage is, which a second one cannot do without."""
     if model_path is None:
-        raise click.ClickException(
-            "--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further"
-        )
+        raise UserError("--is_second_stage=True needs --model_path: the SFD or SFD-v model to distil further")
     return model_path
 
 
@@ -148,33 +145,29 @@ def check(config: DistillConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded; one clear line for each."""
     for name in ("total_kimg", "lr", "schedule_rho", "guidance_rate"):
         if not math.isfinite(getattr(config, name) or 0):
-            raise click.ClickException(f"--{name}={getattr(config, name)} is not a finite number; give one")
+            raise UserError(f"--{name}={getattr(config, name)} is not a finite number; give one")
     smallest = 3 if config.afs else 2
     if config.num_steps < smallest:
-        raise click.ClickException(
+        raise UserError(
             f"--num_steps={config.num_steps} leaves no step to train; with --afs={config.afs} use at least {smallest}"
         )
     if config.M < 0:
-        raise click.ClickException(
-            f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)"
-        )
+        raise UserError(f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)")
     if config.guidance_type == "cfg" and not config.has_text:
-        raise click.ClickException(
+        raise UserError(
             f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has no text"
         )
     if config.guidance_rate not in (None, 1) and (not config.has_text or config.guidance_type == "uncond"):
-        raise click.ClickException(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
+        raise UserError(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
     if config.denoise_to_zero and config.is_second_stage:
-        raise click.ClickException(
+        raise UserError(
             "--denoise_to_zero=True is for the first stage, whose teacher is a diffusion model; the second stage takes "
             "over what its teacher learnt, leave it out"
         )
     if config.lpips == "standard" and not config.is_second_stage:
-        raise click.ClickException(
-            "--lpips=standard is a loss of the second stage; add --is_second_stage=True, or leave it out"
-        )
+        raise UserError("--lpips=standard is a loss of the second stage; add --is_second_stage=True, or leave it out")
     if config.use_step_condition and not config.is_second_stage and config.num_steps not in VARIABLE_STEPS:
-        raise click.ClickException(
+        raise UserError(
             f"--num_steps={config.num_steps} with --use_step_condition=True is not one of {span(VARIABLE_STEPS)}"
         )
     try:
@@ -185,7 +178,7 @@ def check(config: DistillConfig) -> None:
             config.dataset_name, config.num_steps, config.afs, config.schedule_type, config.schedule_rho, 1, 2
         )
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def describe(config: DistillConfig) -> str:
@@ -204,13 +197,11 @@ def describe(config: DistillConfig) -> str:
 def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
     """Samples that one process handles at a time, so that `batch` splits evenly over processes and rounds."""
     if batch % processes:
-        raise click.ClickException(
-            f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}"
-        )
+        raise UserError(f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}")
     local = batch // processes
     size = local if batch_gpu is None else min(batch_gpu, local)
     if local % size:
-        raise click.ClickException(
+        raise UserError(
             f"--batch-gpu={size} does not divide the {local} samples of each of {processes} processes "
             f"(--batch={batch}); choose a divisor of {local}"
         )
@@ -220,21 +211,19 @@ def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
 def follow_teacher(config: DistillConfig, teacher: SamplingSettings) -> DistillConfig:
     """Second stage: take over what the teacher's settings decide, and refuse what contradicts them."""
     if teacher.is_second_stage:
-        raise click.ClickException("--model_path is itself a second-stage model; expected an SFD or SFD-v model")
+        raise UserError("--model_path is itself a second-stage model; expected an SFD or SFD-v model")
     asked, own = (config.schedule_type, config.schedule_rho), (teacher.schedule_type, teacher.schedule_rho)
     if asked != own:
-        raise click.ClickException(
+        raise UserError(
             f"--schedule_type={asked[0]} --schedule_rho={asked[1]:g} differ from the model's {own[0]}, {own[1]:g}; "
             "the second stage keeps its teacher's schedule"
         )
     if config.use_step_condition and not teacher.use_step_condition:
-        raise click.ClickException(
-            "--use_step_condition=True, but --model_path has no step condition; leave the flag out"
-        )
+        raise UserError("--use_step_condition=True, but --model_path has no step condition; leave the flag out")
     needed = config.teacher_steps(config.num_steps)
     allowed = VARIABLE_STEPS if teacher.is_variable else (teacher.num_steps,)
     if needed not in allowed:
-        raise click.ClickException(
+        raise UserError(
             f"--num_steps={config.num_steps} --M={config.M} sample the model at {needed} timestamps, it was made for "
             f"{span(allowed)}; (M+1)·(num_steps−1)+1 must match"
         )

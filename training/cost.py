@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import click
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnnlib import format_count, format_duration
+from dnnlib import UserError, format_count, format_duration
 from models.loading import build_on_meta
 from models.precond import Precond
 from models.registry import get_row
@@ -267,13 +266,13 @@ def fitting_size(trial: Callable[[int], None], share: int) -> int:
     All processes get the smallest that any of them found.
 
     Raises:
-        click.ClickException: one sample is too much.
+        UserError: one sample is too much.
     """
     size = share
     while not _fits(trial, size):
         torch.cuda.empty_cache()
         if size == 1:
-            raise click.ClickException(
+            raise UserError(
                 "one sample does not fit in the memory of the GPU; use a larger one, or --gradient_checkpointing=True"
             )
         size = max(d for d in range(1, size // 2 + 1) if share % d == 0)

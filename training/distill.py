@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import click
 import torch
 from torch import Tensor
 
+from dnnlib import UserError
+from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
-from models.lpips import LPIPS, load_lpips
 from models.model import DiffusionModel, SamplingSettings, Student
 from solvers import Denoiser, get_schedule, get_solver, solve
 from torch_utils import distributed
@@ -89,25 +89,25 @@ def perceptual_loss(config: DistillConfig, student: DiffusionModel) -> LPIPS | N
     """What the last step of a run adds to L1: LPIPS in the second stage in pixel space; None for nothing.
 
     Raises:
-        click.ClickException: its weights are not to be had, or the student's images are not RGB or grey.
+        UserError: its weights are not to be had, or the student's images are not RGB or grey.
     """
     if not config.is_second_stage or config.lpips == "off":
         return None
     if student.is_latent:
         if config.lpips == "standard":
-            raise click.ClickException(
+            raise UserError(
                 f"--lpips=standard compares images, and {student.dataset_name} is distilled on latents; leave it out"
             )
         return None
     if student.img_channels not in (1, 3):
-        raise click.ClickException(
+        raise UserError(
             f"--lpips={config.lpips} compares RGB or grey images, the model has {student.img_channels} channels; "
             "use --lpips=off"
         )
     try:
         return load_lpips(config.lpips, next(student.parameters()).device)
-    except click.ClickException as error:
-        raise click.ClickException(f"{error.message}; --lpips=off trains without it") from None
+    except UserError as error:
+        raise UserError(f"{error.message}; --lpips=off trains without it") from None
 
 
 class Losses:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
 import numpy as np
 from PIL import Image
 
-from dnnlib import write_text
+from dnnlib import UserError, write_text
 
 #: For each package, the module to import and what is used of it.
 MODULES = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
@@ -36,9 +35,7 @@ def need_logger(name: str) -> Any:
         module = importlib.import_module(path)
         getattr(module, attribute)  # a folder `wandb` that a run left somewhere can be imported too
     except Exception as error:  # packages that do not fit together end in any error
-        raise click.ClickException(
-            f"--log={name} needs the {name} package ({_reason(error)}); run: pip install {name}"
-        ) from None
+        raise UserError(f"--log={name} needs the {name} package ({_reason(error)}); run: pip install {name}") from None
     return module
 
 
@@ -143,9 +140,7 @@ class RunLogger:
         try:
             self._backend: Backend | None = BACKENDS[name](module, run_dir, settings, images)
         except Exception as error:
-            raise click.ClickException(
-                f"--log={name} cannot start ({_reason(error)}); mend it, or leave it out"
-            ) from None
+            raise UserError(f"--log={name} cannot start ({_reason(error)}); mend it, or leave it out") from None
 
     def scalars(self, stats: Mapping[str, float | None], images: int) -> None:
         """A line of stats.jsonl; what was not finite has no point."""

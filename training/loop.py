@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import click
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib import Logger, format_count, format_duration
-from dnnlib.cli import Stopped, deferred_stop
+from dnnlib import Logger, UserError, format_count, format_duration
+from dnnlib.signals import Stopped, deferred_stop
 from models.loading import make_student, save_student
 from models.model import DiffusionModel, SamplingSettings, Student
-from models.sampling import Prompts, captions_by_seed, draw_latents, student_sampler
+from models.prompts import Prompts, captions_by_seed
+from models.sampling import draw_latents, student_sampler
 from torch_utils import distributed
 from torch_utils.checkpoint import read_state, usable_state
 from torch_utils.device import PRECISIONS, use_deterministic_algorithms
@@ -51,7 +51,7 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
     source = load_source(config, device)
     if isinstance(source, Student):
         if source.dataset_name != config.dataset_name:
-            raise click.ClickException(
+            raise UserError(
                 f"--model_path was distilled on {source.dataset_name}, not on --dataset_name={config.dataset_name}"
             )
         config = follow_teacher(config, source.sampling)
@@ -69,7 +69,7 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
         for num_steps in config.step_choices:
             teacher.sigmas(num_steps)
     except ValueError as error:
-        raise click.ClickException(f"{source.dataset_name} cannot be distilled on this schedule: {error}") from None
+        raise UserError(f"{source.dataset_name} cannot be distilled on this schedule: {error}") from None
     if source.latent is not None:
         source.latent.decoder()  # pictures need it, and a run should not end without them
     return config, teacher, student
@@ -116,12 +116,12 @@ class Run:
 
     def _restore_newest(self) -> Path | None:
         """The state that the run goes on from, restored; damaged newer ones are set aside, and the log says so."""
-        damaged: list[tuple[Path, click.ClickException]] = []
+        damaged: list[tuple[Path, UserError]] = []
         paths = runs.states(self.run_dir)
         for path in paths:
             try:
                 self._restore(path)
-            except click.ClickException as error:
+            except UserError as error:
                 damaged.append((path, error))
                 continue
             for bad, reason in damaged:
@@ -259,7 +259,7 @@ class Run:
             self._switch_half_off()
             self.log(f"A loss was not finite at kimg {self.images / 1000:g}: continuing in float32")
         elif self._bad_in_a_row >= MAX_BAD_IN_A_ROW:
-            raise click.ClickException(
+            raise UserError(
                 f"the loss is not finite: {skipped} steps skipped up to kimg {self.images / 1000:g}; "
                 "lower --lr, or check the teacher with sample.py --model_path=teacher"
             )

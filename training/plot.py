@@ -20,16 +20,17 @@ import click
 import torch
 from torch import Tensor
 
-from dnnlib import make_folder, one_line_errors, replacing
-from dnnlib.cli import Command, offline_option, section
+from dnnlib import UserError, make_folder, one_line_errors, replacing
+from dnnlib.options import Command, offline_option, section
 from models.loading import RUNS_DIR, find_student, load_student
-from models.sampling import SamplerOptions, choose_prompts, draw_latents, student_sampler
+from models.prompts import choose_prompts
+from models.sampling import SamplerOptions, draw_latents, student_sampler
 from solvers import solve
 from torch_utils.device import configure_backends, device_option, pick_device
 
-from .comparison import INSTALL_MATPLOTLIB, draw
 from .config import DistillConfig
 from .distill import Teacher, load_source
+from .evaluation.comparison import INSTALL_MATPLOTLIB, draw
 from .runs import STATS, read_options
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
@@ -44,7 +45,7 @@ def need_matplotlib() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise click.ClickException(f"plots need matplotlib ({error}); run: {INSTALL_MATPLOTLIB}") from None
+        raise UserError(f"plots need matplotlib ({error}); run: {INSTALL_MATPLOTLIB}") from None
     return Figure
 
 
@@ -63,7 +64,7 @@ def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
     """The directory of a run: a path, or the number of a run under `./exps`."""
     found = sorted(runs_dir.glob(f"{int(run):05d}-*")) if run.isdigit() and not Path(run).exists() else [Path(run)]
     if not found or not found[0].is_dir():
-        raise click.ClickException(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
+        raise UserError(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
     return found[0]
 
 
@@ -76,7 +77,7 @@ def labels_of(places: Sequence[Path]) -> list[str]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line that was cut off when a process was killed is left out."""
     if not path.is_file():
-        raise click.ClickException(f"{path} does not exist; there is nothing to plot yet")
+        raise UserError(f"{path} does not exist; there is nothing to plot yet")
     lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for number, line in enumerate(lines, 1):
@@ -84,9 +85,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except (ValueError, RecursionError):
             if number < len(lines):
-                raise click.ClickException(f"{path}: line {number} is not JSON; remove it") from None
+                raise UserError(f"{path}: line {number} is not JSON; remove it") from None
     if not all(isinstance(record, dict) for record in found):
-        raise click.ClickException(f"{path} does not hold one JSON object in every line")
+        raise UserError(f"{path} does not hold one JSON object in every line")
     return found
 
 
@@ -105,7 +106,7 @@ def read_losses(run_dir: Path) -> dict[tuple[int, int], tuple[list[float], list[
                 kimg.append(record["kimg"])
                 losses.append(value)
     if not curves:
-        raise click.ClickException(f"{run_dir / STATS} holds no losses yet; a run writes them once in a --tick")
+        raise UserError(f"{run_dir / STATS} holds no losses yet; a run writes them once in a --tick")
     return dict(sorted(curves.items()))
 
 
@@ -178,7 +179,7 @@ def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device
     """Trajectories of a run's teacher and newest student for seeds 0 to `count` − 1, without guidance, as trained."""
     settings = read_options(run_dir)
     if settings is None:
-        raise click.ClickException(f"{run_dir} holds no readable training options; expected the directory of a run")
+        raise UserError(f"{run_dir} holds no readable training options; expected the directory of a run")
     student = load_student(find_student(run_dir), device)
     config = DistillConfig(**settings)
     sampler = student_sampler(student, num_steps, guidance_rate=1)
@@ -238,11 +239,11 @@ def read_distances(places: Sequence[Path], by: str) -> list[dict[str, Any]]:
                 found[_scale(record), series, match[1]] = {**record, "series": series, "kimg": int(match[1])}
     if not found:
         source = "fid.py compare" if by == "nfe" else "fid.py gen or calc, of images named after a snapshot"
-        raise click.ClickException(f"no results by {by} in {', '.join(map(str, places))}; {source} writes them")
+        raise UserError(f"no results by {by} in {', '.join(map(str, places))}; {source} writes them")
     scales = {key[0] for key in found}
     if len(scales) > 1:
         shown = "; ".join(" of ".join(map(str, scale[:2])) for scale in sorted(scales, key=str))
-        raise click.ClickException(f"the results cannot be compared ({shown}, or other references); plot them apart")
+        raise UserError(f"the results cannot be compared ({shown}, or other references); plot them apart")
     return sorted(found.values(), key=lambda record: record[by])
 
 
@@ -294,7 +295,7 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
     """
     need_matplotlib()
     if trajectory and (fd or len(runs) > 1):
-        raise click.ClickException("--trajectory is of one run, and no --fd; leave the rest out")
+        raise UserError("--trajectory is of one run, and no --fd; leave the rest out")
     places = [Path(run) if fd and Path(run).is_file() else find_run(run) for run in runs]
     folder = places[0] if places[0].is_dir() else places[0].parent
     dest = dest or folder / (f"fd-{fd}.png" if fd else "trajectory.png" if trajectory else "losses.png")

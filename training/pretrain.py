@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dnnlib import Logger, format_count, format_duration, make_folder, one_line_errors, write_text
-from dnnlib.cli import Command, section
+from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
+from dnnlib.options import Command, section
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import read_state, save_network, save_state, usable_state
 from torch_utils.device import (
@@ -36,9 +36,8 @@ from torch_utils.device import (
     precision_option,
 )
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
+from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.random import derive_seed, generator, sample_generators, stacked_randn
-
-from .dataset import ImageDataset
 
 P_MEAN, P_STD = -1.2, 1.2
 GRAD_LIMIT = 1e5
@@ -168,7 +167,7 @@ class Trainer:
             f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
         ]
         if changed:
-            raise click.ClickException(
+            raise UserError(
                 f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
             )
         with usable_state(self.outdir / "state.pt"):
@@ -233,18 +232,16 @@ def check_network(network: dict[str, Any]) -> None:
     """Refuse widths and levels that no U-Net can have, before anything is built."""
     levels, size, width = network["channel_mult"], network["img_resolution"], network["model_channels"]
     if not levels or min(levels) < 1:
-        raise click.ClickException(f"--mult={levels} is unusable; expected a list of positive integers such as 1,2,3")
+        raise UserError(f"--mult={levels} is unusable; expected a list of positive integers such as 1,2,3")
     if size % 2 ** (len(levels) - 1):
-        raise click.ClickException(
-            f"images of {size}×{size} cannot be halved {len(levels) - 1} times; use fewer levels in --mult"
-        )
+        raise UserError(f"images of {size}×{size} cannot be halved {len(levels) - 1} times; use fewer levels in --mult")
     try:
         with torch.device("meta"):
             net = EDMPrecond(**network)
             net(torch.zeros(1, network["img_channels"], size, size), torch.ones(1))
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise click.ClickException(
+        raise UserError(
             f"--channels={width} with --mult={levels} makes no network ({reason}); try --channels=32"
         ) from None
 
@@ -300,13 +297,13 @@ def main(data: str, outdir: str, **opts: Any) -> None:
     dataset = ImageDataset(data)
     channels, height, width = dataset.load(0).shape
     if height != width:
-        raise click.ClickException(f"{data} holds images of {height}×{width}; expected square ones, so crop them first")
+        raise UserError(f"{data} holds images of {height}×{width}; expected square ones, so crop them first")
     if opts["cond"] and not dataset.label_dim:
-        raise click.ClickException(f"--cond=True needs labels in dataset.json, {data} has none")
+        raise UserError(f"--cond=True needs labels in dataset.json, {data} has none")
     try:
         mult, attn = _integers(opts["mult"]), _integers(opts["attn"])
     except ValueError:
-        raise click.ClickException("--mult and --attn are lists of integers such as 1,2,3") from None
+        raise UserError("--mult and --attn are lists of integers such as 1,2,3") from None
     network = dict(
         img_resolution=height,
         img_channels=channels,

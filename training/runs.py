@@ -10,9 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-import click
-
-from dnnlib import make_folder, write_text
+from dnnlib import UserError, make_folder, write_text
 from dnnlib.files import remove_leftovers
 from torch_utils.checkpoint import read_settings, save_state
 
@@ -76,7 +74,7 @@ def is_finished(run_dir: Path, config: DistillConfig) -> bool:
     last = run_dir / snapshot_name(config.total_images)
     try:
         return last.exists() and read_settings(last)["training"]["images"] >= config.total_images
-    except (click.ClickException, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return False  # damaged: continuing the run writes it again
 
 
@@ -124,9 +122,7 @@ def _open_run(
         run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
         saved = read_options(run_dir)
         if saved is None:
-            raise click.ClickException(
-                f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}"
-            )
+            raise UserError(f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}")
         changed = _changes(run_dir, saved, config, override)
         return OpenedRun(run_dir, _require_lock(run_dir), changed)
     make_folder(outdir, "--outdir")
@@ -134,7 +130,7 @@ def _open_run(
         changed, saved = (), read_options(outdir)
         if saved is not None:
             if resume == "never":
-                raise click.ClickException(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
+                raise UserError(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
             changed = _changes(outdir, saved, config, override)
         return OpenedRun(outdir, _require_lock(outdir), changed)
     if resume == "auto":
@@ -156,9 +152,7 @@ def _open_run(
 def _require_lock(run_dir: Path) -> TextIO:
     held = lock(run_dir)
     if held is None:
-        raise click.ClickException(
-            f"{run_dir} is being trained by another process; wait for it, or use another --outdir"
-        )
+        raise UserError(f"{run_dir} is being trained by another process; wait for it, or use another --outdir")
     return held
 
 
@@ -166,7 +160,7 @@ def _changes(run_dir: Path, saved: dict[str, Any], config: DistillConfig, overri
     """What differs from the `saved` settings of the run; an error unless `override` allows it."""
     changed = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in config.to_json().items() if saved.get(k) != v]
     if changed and not override:
-        raise click.ClickException(
+        raise UserError(
             f"--resume: {run_dir} has other settings ({'; '.join(changed)}); repeat them, start a new run, or go on "
             "with these by --resume-override"
         )

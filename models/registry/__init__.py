@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
+from dnnlib import UserError
 from dnnlib.download import cache_dir, derive, fetch
-from torch_utils.archives import extract_member
+
+from ..published.torch_checkpoint import extract_member
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
@@ -131,7 +131,7 @@ ROWS = {
 def get_row(dataset_name: str) -> DatasetRow:
     """The row of `dataset_name`, or one clear line with the names there are."""
     if dataset_name not in ROWS:
-        raise click.ClickException(f"unknown dataset_name {dataset_name!r}; expected one of {', '.join(ROWS)}")
+        raise UserError(f"unknown dataset_name {dataset_name!r}; expected one of {', '.join(ROWS)}")
     return ROWS[dataset_name]
 
 
@@ -143,7 +143,7 @@ def fetch_weights(row: DatasetRow, offline: bool | None = None) -> Path:
         offline: never use the network; None asks `SFD_OFFLINE`.
 
     Raises:
-        click.ClickException: the file is neither there nor to be had, or it is not the expected one.
+        UserError: the file is neither there nor to be had, or it is not the expected one.
     """
     if row.loader == "embedded":
         return row.path

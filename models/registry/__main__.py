@@ -15,11 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, one_line_errors
-from dnnlib.cli import Command, section
-from models.loading import build_on_meta
-from models.registry import ROWS, DatasetRow
-from models.text import VIT_L_14
+from dnnlib.options import Command, section
 from torch_utils.device import PLAIN, use_path
+
+from ..loading import build_on_meta
+from ..networks.clip_text import VIT_L_14
+from . import ROWS, DatasetRow
 
 NOTES = """
 (in parentheses) what the network sees: latents of a first stage

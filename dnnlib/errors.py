@@ -1,0 +1,151 @@
+"""Errors that a user can mend, and how a command says what ended it."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Protocol
+
+import click
+
+from .signals import Stopped, signals, stoppable
+
+#: Seconds that rank 0 waits for the reason why another process ended.
+REASON_WAIT = 3.0
+
+
+class UserError(Exception):
+    """What the user can mend, in one line: what was given, what was expected, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def first_line(error: BaseException | str, limit: int = 200) -> str:
+    """The first line of an error's text without control characters, at most `limit` long; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    text = "".join(c for c in lines[0] if c.isprintable()) if lines else ""
+    return text[:limit] or type(error).__name__
+
+
+def need(module: str, install: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: name to import.
+        install: command that installs it.
+
+    Raises:
+        UserError: it is missing or cannot be imported; the message names `install`.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is needed and cannot be imported ({first_line(error)}); run: {install}") from None
+
+
+class FailureBoard(Protocol):
+    """Where processes that work together leave what ended one of them."""
+
+    def post(self, message: str) -> None: ...
+
+    def read(self, wait: float) -> str | None: ...
+
+
+_board: FailureBoard | None = None
+
+
+def share_failures(board: FailureBoard | None) -> None:
+    """Let rank 0 report what ended another rank, through `board`; None for a process on its own."""
+    global _board
+    _board = board
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what goes wrong on a machine rather than in this program; None for anything else.
+
+    By the names that torch gives its errors, for this package does without torch.
+    """
+    kind, reason = type(error).__name__, first_line(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: " * bool(error.filename) + str(error.strerror or error or kind)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return f"out of memory ({reason}); process less at a time: --batch-gpu of train.py, --batch of the others"
+    if "DataLoader worker" in str(error):
+        return f"a worker process was ended from outside ({reason}); if memory is short, use fewer --workers"
+    if "does not have a deterministic implementation" in str(error):
+        return f"--deterministic is not possible here ({reason}); leave it out"
+    return None
+
+
+def _lost_contact(error: Exception) -> str | None:
+    """One line for a collective operation that failed, which mostly means that another process ended."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if not (type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)):
+        return None
+    return f"another process of this run ended or does not answer ({first_line(error)}); repeat the command to go on"
+
+
+def one_line_errors(command: click.Command) -> Callable[[], None]:
+    """Wrap a click command: bad input is one line on rank 0, exit code ≠ 0 and no traceback.
+
+    Full disks, unreadable paths (`OSError`), too little memory and processes that were killed are the user's to mend
+    too. Anything else is a defect of this program and keeps its traceback. What ended another rank is said by rank 0.
+    """
+
+    def run() -> None:
+        with stoppable():
+            try:
+                command.main(standalone_mode=False)
+            except BaseException as error:
+                # torchrun sends SIGTERM when another rank has failed; that must not keep this one from saying so.
+                signals.deferred = True
+                _report(error)
+                raise
+            finally:
+                share_failures(None)
+
+    return run
+
+
+def _report(error: BaseException) -> None:
+    """Say on rank 0 what ended the command, or leave it to rank 0; returns if that is not the user's to mend."""
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    message: str | None
+    if isinstance(error, Stopped):
+        message = _reason(is_first, 0)
+        if message is None:
+            if is_first and error.message:
+                click.echo(error.message, err=True)
+            sys.exit(error.code)
+    elif isinstance(error, click.exceptions.Abort):
+        sys.exit(130)
+    elif isinstance(error, UserError):
+        message = error.message
+    elif isinstance(error, click.ClickException):
+        message = error.format_message()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            message += f" See `{error.ctx.command_path} --help`."
+    elif not isinstance(error, Exception):
+        return
+    else:
+        message, lost = explain(error), _lost_contact(error)
+        if message is None and lost is not None:
+            if not is_first:
+                sys.exit(1)  # the same happened to all
+            message = _reason(is_first, REASON_WAIT) or lost
+    if not is_first and _board is not None:
+        _board.post(message or f"{type(error).__name__}: {error}"[:300])
+    if message is None:
+        return
+    if is_first:
+        click.echo(f"Error: {message}", err=True)
+    sys.exit(error.exit_code if isinstance(error, click.ClickException) else 1)
+
+
+def _reason(is_first: bool, wait: float) -> str | None:
+    """What ended another rank, if it has said so within `wait` seconds."""
+    return _board.read(wait) if is_first and _board is not None else None

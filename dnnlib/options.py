@@ -1,0 +1,95 @@
+"""What the commands have in common: how they end when stopped or given something unusable, and options of all."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .signals import EXIT_CODES
+
+
+def _go_offline(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["SFD_OFFLINE"] = "1"
+
+
+#: Decorator for a command: `--offline` does for its process, and those that it starts, what `SFD_OFFLINE=1` does.
+offline_option = click.option(
+    "--offline",
+    help="Fetch nothing; a missing file is an error that says where to get it",
+    is_flag=True,
+    expose_value=False,
+    callback=_go_offline,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+#: Ends every help text. docs/reliability.md says which schedulers repeat a job because of 75.
+EXIT_CODES_HELP = [
+    ("0", "Done"),
+    ("1", "An error, said in one line"),
+    ("2", "The command line is wrong"),
+    (str(EXIT_CODES[signal.SIGTERM]), "Ended by SIGTERM; repeat the command to go on"),
+    (str(EXIT_CODES[signal.SIGINT]), "Ended by SIGINT (Ctrl-C); repeat the command to go on"),
+]
+
+
+def section(title: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator between click options: heading of those below it in `--help`, down to the next section."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for param in getattr(function, "__click_params__", ()):  # decorators run from the last one up
+            if not hasattr(param, "section"):
+                param.section = title
+        return function
+
+    return decorate
+
+
+class _Documented(click.Command):
+    """What the help of commands and of groups of them has in common."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context_settings = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl(EXIT_CODES_HELP)
+
+
+class Command(_Documented):
+    """A command whose help has its options under the headings of `section`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            # Arguments have one too in new versions of click; what they are is said in the text above.
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(param, "section", "Help"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Group(_Documented, click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, no_args_is_help=False, **kwargs)  # no command is an error like others, in one line
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Errors

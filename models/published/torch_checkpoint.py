@@ -1,0 +1,376 @@
+"""Checkpoints and archives that other people publish, read without executing anything.
+
+A checkpoint is a state dict, bare or under `state_dict` in what PyTorch Lightning writes, in torch's zip format, in the
+format that torch had before, or as `.safetensors`. Lightning writes classes of its own beside the weights. So that
+neither they nor anything else is imported, `pickle` and `torch.load` never see the file (`weights_only=True` refuses
+such classes, and before torch 2.6 could be made to run code): the machine of `edm_pickle` interprets it, and what is
+neither a tensor nor a plain container becomes a placeholder without content if a training is known to leave it there,
+else the file is refused.
+
+Tensors are views of the mapped file: only what is used is read, and memory is shared with other processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import shutil
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dnnlib import UserError, replacing
+
+from .pickle_machine import (
+    FUNCTIONS,
+    STORAGE_DTYPES,
+    TORCH_MAGIC,
+    TORCH_VERSION,
+    Budget,
+    Machine,
+    Refused,
+    StorageRecord,
+    TensorRecord,
+    refuse_global,
+    shown,
+)
+
+#: Kernels take other paths, and round in another order, where tensors are less aligned than those that torch allocates.
+ALIGNMENT = 64
+#: Weights hardly compress; an archive that promises more than this is a bomb. Small files are always fine.
+MAX_RATIO, MAX_UNCHECKED = 20, 64 << 20
+COPY_BYTES = 1 << 20
+#: What `zipfile` raises on damaged archives.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, struct.error)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read a state dict as it is stored → tensors on the CPU, of the types in the file, in its order.
+
+    The tensors are views of the file, which may be written to (the file does not change), where they are aligned
+    in it, else copies.
+
+    Raises:
+        UserError: no such file, a file of another kind, one that is damaged, or one that wants to run code.
+    """
+    try:
+        data = map_file(path)
+        if data[:4] == b"PK\x03\x04":
+            return _state_dict(_read_zip(path, data), len(data))
+        if data[:1] == b"\x80":
+            return _state_dict(_read_legacy(data), len(data))
+        if data[8:9] == b"{":
+            return _read_safetensors(path)
+        raise Refused("is not a checkpoint (.ckpt, .pt, .pth or .safetensors); it is damaged, or another file")
+    except Refused as error:
+        raise UserError(f"{path} {error}") from None
+
+
+def map_file(path: str | os.PathLike) -> memoryview:
+    if not os.path.isfile(path):
+        raise Refused("does not exist; expected a checkpoint (.ckpt, .pt, .pth or .safetensors)")
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise Refused("is empty; expected a checkpoint")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pickles of torch.save
+
+
+class _Placeholder:
+    """What stands for anything that is not wanted: calling it, filling it and setting its state change nothing."""
+
+
+_PLACEHOLDER = _Placeholder()
+
+
+class _CheckpointMachine(Machine):
+    """Interprets a checkpoint: tensors, lists and dicts become records, everything else `_PLACEHOLDER`."""
+
+    def reduce(self) -> None:
+        function, args = self.pop_many(2)
+        if function is _PLACEHOLDER:
+            self.push(_PLACEHOLDER)
+        else:
+            self.stack += [function, args]
+            super().reduce()
+
+    def new_object(self) -> None:
+        self.reduce()  # of what is known here, a class is no more than a function
+
+    def build(self) -> None:
+        """State dicts carry the versions of their modules as attributes, which nothing needs."""
+        self.pop()
+        self.top()
+
+    def append(self, values: list[Any]) -> None:
+        if self.top() is not _PLACEHOLDER:
+            super().append(values)
+
+    def set_items(self, values: list[Any]) -> None:
+        """Items whose keys are not texts are no weights: the state of an optimizer, or that of callbacks by class."""
+        if self.top() is not _PLACEHOLDER:
+            pairs = (values[i : i + 2] for i in range(0, len(values), 2) if type(values[i]) is str)
+            super().set_items(list(itertools.chain.from_iterable(pairs)))
+
+    def add_items(self, values: list[Any]) -> None:
+        self.top()
+
+
+_REBUILD = FUNCTIONS["torch._utils", "_rebuild_tensor_v2"]
+_PARAMETER = FUNCTIONS["torch._utils", "_rebuild_parameter"]
+_TENSOR_FUNCTIONS = {
+    ("torch._utils", "_rebuild_tensor_v2"): _REBUILD,
+    ("torch._utils", "_rebuild_tensor"): _REBUILD,  # torch before 0.4, as in torchvision's VGG
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    ("torch.nn.parameter", "Parameter"): _PARAMETER,
+    ("collections", "OrderedDict"): FUNCTIONS["collections", "OrderedDict"],
+}
+_PLAIN_TYPES = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set"}
+_PLAIN_TYPES |= {"slice", "str", "tuple"}
+_NUMPY_FUNCTIONS = {"scalar", "_reconstruct"}
+#: What a training leaves beside the weights, by module: these names, or (None) all there are.
+_HARMLESS: dict[str, set[str] | None] = {
+    **dict.fromkeys(("builtins", "__builtin__"), _PLAIN_TYPES),
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), _NUMPY_FUNCTIONS),
+    "numpy": {"dtype", "ndarray"},
+    "collections": {"defaultdict", "deque", "Counter"},
+    "_codecs": {"encode"},
+    "argparse": {"Namespace"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "typing": {"Any"},
+    "torch": {"device", "Size", *(str(dtype).split(".")[1] for dtype in STORAGE_DTYPES.values())},
+    "torch.nn": None,
+    "torch.optim": None,
+    "pytorch_lightning": None,
+    "lightning": None,
+    "lightning_fabric": None,
+    "omegaconf": None,
+    "ldm": None,
+}
+
+
+def _find_global(module: str, name: str) -> Any:
+    if (module, name) in _TENSOR_FUNCTIONS:
+        return _TENSOR_FUNCTIONS[module, name]
+    if module in ("torch", "torch.cuda") and name in STORAGE_DTYPES:
+        return STORAGE_DTYPES[name]
+    if name in (_HARMLESS.get(module) or ()):
+        return _PLACEHOLDER
+    packages = itertools.accumulate(module.split("."), lambda parent, child: f"{parent}.{child}")
+    if any(_HARMLESS.get(package, ()) is None for package in packages):
+        return _PLACEHOLDER
+    raise refuse_global(module, name)
+
+
+def _read_zip(path: str | os.PathLike, data: memoryview) -> Any:
+    """The format of torch since 1.6: a zip archive of `NAME/data.pkl` and, not compressed, `NAME/data/KEY`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {info.filename: info for info in archive.infolist()}
+    except DAMAGED_ZIP as error:
+        raise Refused(f"is a damaged zip archive ({_reason(error)})") from None
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise Refused("is a zip archive, but not one of torch.save; if it holds a checkpoint, unpack it")
+    root = roots[0]
+    if f"{root}byteorder" in records and _content(data, records[f"{root}byteorder"]) != b"little":
+        raise Refused("holds numbers in big-endian order; expected little-endian")
+    storages: dict[tuple[str, torch.dtype], StorageRecord] = {}
+
+    def find_storage(key: str, dtype: torch.dtype, numel: int) -> StorageRecord:
+        if (key, dtype) not in storages:
+            if f"{root}data/{key}" not in records:
+                raise Refused(f"is damaged: it does not hold {shown(root)}data/{shown(key)}")
+            content = _content(data, records[f"{root}data/{key}"])
+            storages[key, dtype] = StorageRecord(content, dtype, len(content) // dtype.itemsize)
+        if storages[key, dtype].data.nbytes != numel * dtype.itemsize:
+            raise Refused(f"is damaged: {shown(str(numel))} values announced in data/{shown(key)}, others are there")
+        return storages[key, dtype]
+
+    machine = _CheckpointMachine(
+        _content(data, records[f"{root}data.pkl"]), 0, Budget(), _find_global, lambda value: find_storage(*_id(value))
+    )
+    return machine.load()
+
+
+def _content(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
+    """The bytes of a file in an archive that is not compressed."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+        raise Refused(f"is refused: {shown(info.filename)} in it is compressed or encrypted; torch.save does neither")
+    header = data[max(info.header_offset, 0) :][:30]
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise Refused(f"is a damaged zip archive ({shown(info.filename)} is not where it should be)")
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # name, and what aligns the content
+    if start + info.file_size > len(data):
+        raise Refused(f"is truncated or damaged: {shown(info.filename)} reaches beyond its end")
+    return data[start : start + info.file_size]
+
+
+def _read_legacy(data: memoryview) -> Any:
+    """The format of torch before 1.6: magic number, version, machine, content and keys as pickles, then the values."""
+    budget, position = Budget(), 0
+    storages: dict[str, StorageRecord] = {}
+
+    def find_storage(value: Any) -> StorageRecord:
+        key, dtype, numel = _id(value)
+        storage = storages.setdefault(key, StorageRecord(data[:0], dtype, numel))
+        if (storage.dtype, storage.numel) != (dtype, numel):
+            raise Refused("is damaged: it describes a tensor's storage in two ways")
+        return storage
+
+    def load() -> Any:
+        nonlocal position
+        machine = _CheckpointMachine(data, position, budget, _find_global, find_storage)
+        value = machine.load()
+        position = machine.position
+        return value
+
+    if [load(), load()] != [TORCH_MAGIC, TORCH_VERSION]:
+        raise Refused("is a pickle, but not one of torch.save")
+    system, content, keys = load(), load(), load()
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("holds numbers in another order than little-endian")
+    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
+        raise Refused("is damaged: its values do not belong to its tensors")
+    for storage in [storages[key] for key in keys]:
+        count = int.from_bytes(data[position : position + 8], "little")
+        size = storage.numel * storage.dtype.itemsize
+        if count != storage.numel or position + 8 + size > len(data):
+            raise Refused("is truncated or damaged: it announces more values than it has")
+        storage.data = data[position + 8 : position + 8 + size]
+        position += 8 + size
+    return content
+
+
+def _id(value: Any) -> tuple[str, torch.dtype, int]:
+    """Key, type and length of the storage that a persistent id names."""
+    kinds = (str, torch.dtype, str, str, int)
+    known = type(value) is tuple and tuple(map(type, value[:5])) == kinds and value[0] == "storage" and value[4] >= 0
+    if not known or value[5:] not in ((), (None,)):
+        raise Refused("is refused: a tensor's storage is not described as torch does")
+    return value[2], value[1], value[4]
+
+
+def _state_dict(content: Any, max_bytes: int) -> dict[str, Tensor]:
+    """The wanted records as tensors that take no more memory than the file."""
+    if type(content) is dict and type(content.get("state_dict")) is dict:
+        content = content["state_dict"]
+    if type(content) is not dict or not content:
+        raise Refused("does not hold a state dict; expected names and tensors, bare or under 'state_dict'")
+    strange = next((name for name, value in content.items() if type(value) is not TensorRecord), None)
+    if strange is not None:
+        raise Refused(f"does not hold a state dict: {shown(strange)} is not a tensor")
+    storages = {id(record.storage): record.storage for record in content.values()}
+    _check_memory((storage.data.nbytes for storage in storages.values()), max_bytes)
+    views = {key: _flat(storage) for key, storage in storages.items()}
+    tensors = {
+        name: views[id(record.storage)].as_strided(record.size, record.stride, record.offset)
+        for name, record in content.items()
+    }
+    _check_memory((tensor.nbytes for tensor in tensors.values() if not tensor.is_contiguous()), max_bytes)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _check_memory(sizes: Iterable[int], max_bytes: int) -> None:
+    """Before anything is copied: a hostile file can describe the same bytes many times."""
+    if sum(sizes) > max_bytes:
+        raise Refused("is refused: its tensors take more memory than the file has")
+
+
+def _flat(storage: StorageRecord) -> Tensor:
+    if storage.numel == 0:
+        return torch.empty(0, dtype=storage.dtype)
+    content = torch.frombuffer(storage.data, dtype=torch.uint8)
+    return _aligned(content).view(storage.dtype)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"is not a readable safetensors file ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return shown(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Zip archives
+
+
+def extract_member(path: str | os.PathLike, suffix: str, dest: str | os.PathLike) -> Path:
+    """Unpack the one file of an archive that has a given name, in whichever folder of it, and return its path.
+
+    Args:
+        path: a zip archive.
+        suffix: last part of the name, `model.ckpt`, or more parts of it, `run/model.ckpt`.
+        dest: what the file is called here; names in the archive decide nothing. It is written all or nothing.
+
+    Raises:
+        UserError: no archive, one that is damaged or hostile, or not exactly one such file in it.
+    """
+    dest = Path(dest)
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist; expected a zip archive with {suffix}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = _find_member(archive.infolist(), suffix)
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            _check_size(info, os.path.getsize(path), dest)
+            with archive.open(info) as source, replacing(dest) as temporary, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+                if target.tell() != info.file_size:
+                    raise Refused(f"is damaged: {suffix} in it ends too early")
+    except Refused as error:
+        raise UserError(f"{path} {error}") from None
+    except (*DAMAGED_ZIP, RuntimeError) as error:  # RuntimeError: encrypted
+        raise UserError(f"{path} is damaged or no zip archive ({_reason(error)}); get it again") from None
+    return dest
+
+
+def _find_member(infos: Iterable[zipfile.ZipInfo], suffix: str) -> zipfile.ZipInfo:
+    infos = list(infos)
+    found = [info for info in infos if f"/{info.filename}".endswith(f"/{suffix}")]
+    if len(found) != 1:
+        names = ", ".join(shown(info.filename) for info in (found or infos)[:4])
+        raise Refused(f"holds {len(found) or 'no'} files called {suffix} ({names or 'it is empty'}); expected one")
+    name = PurePosixPath(found[0].filename)
+    if name.is_absolute() or ".." in name.parts or "\\" in found[0].filename:
+        raise Refused(f"is refused: {shown(found[0].filename)} in it points outside of the archive")
+    kind = stat.S_IFMT(found[0].external_attr >> 16)
+    if kind not in (0, stat.S_IFREG):
+        raise Refused(f"is refused: {shown(found[0].filename)} in it is a link or a device, not a file")
+    if found[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Refused(f"is refused: {shown(found[0].filename)} in it is compressed in an unusual way")
+    return found[0]
+
+
+def _check_size(info: zipfile.ZipInfo, archive_size: int, dest: Path) -> None:
+    """Refuse a file that the disk does not hold, and one that grows out of proportion."""
+    packed = min(info.compress_size, archive_size)
+    if info.file_size > max(MAX_UNCHECKED, MAX_RATIO * packed):
+        raise Refused(f"is refused: {shown(info.filename)} in it grows from {packed:,} to {info.file_size:,} bytes")
+    free = shutil.disk_usage(dest.parent).free
+    if info.file_size > free:
+        raise UserError(
+            f"{dest} needs {math.ceil(info.file_size / 1e6):,} MB, {free // 10**6:,} MB are free; make room"
+        )

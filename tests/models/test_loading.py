@@ -1,0 +1,113 @@
+"""From names and files to models: the registry, EDM pickles in their published layout, students."""
+
+import pytest
+import torch
+from edm_pickle_files import write_edm_pickle
+
+from dnnlib import UserError
+from models import EDMPrecond, load_student, load_teacher
+from models.loading import build_network, find_student, make_student, network_spec, save_student
+from models.model import SamplingSettings
+from models.registry import ROWS, get_row
+
+TINY = dict(
+    img_resolution=8, img_channels=3, label_dim=0, model_type="SongUNet", model_channels=16, channel_mult=[1, 2],
+    num_blocks=1, attn_resolutions=[4], augment_dim=9, dropout=0.13,
+)  # fmt: skip
+SAMPLING = SamplingSettings("cifar10", 4, True, "polynomial", 7.0, 0.006, 80.0)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return EDMPrecond(**TINY).eval()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setenv("SFD_OFFLINE", "1")
+    return tmp_path
+
+
+def test_a_registered_teacher_is_read_from_its_published_pickle(net, cache):
+    (cache / "cifar10").mkdir()
+    write_edm_pickle(cache / "cifar10" / "edm-cifar10-32x32-uncond-vp.pkl", net, TINY)
+    teacher = load_teacher("cifar10")
+    assert (teacher.dataset_name, teacher.sigma_min, teacher.sigma_max) == ("cifar10", 0.006, 80.0)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(teacher.denoise(x, 2.0), net(x, 2.0))
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "emoji32"])
+def test_a_missing_file_names_its_place_and_its_url_when_offline(cache, name):
+    with pytest.raises(UserError) as error:
+        load_teacher(name)
+    url = get_row(name).sources[0]
+    assert str(cache / name / url.rsplit("/", 1)[1]) in error.value.message and url in error.value.message
+
+
+def test_a_pickle_of_ones_own_is_a_teacher(net, tmp_path):
+    path = write_edm_pickle(tmp_path / "network-snapshot-000100.pkl", net, TINY)
+    teacher = load_teacher(None, path)
+    assert teacher.dataset_name == "network-snapshot-000100" and teacher.img_resolution == 8
+
+
+def test_the_embedded_teacher_is_there():
+    teacher = load_teacher("emoji32")
+    assert teacher.shape == (3, 32, 32) and teacher.label_dim == 0
+    clean = teacher.denoise(torch.zeros(1, 3, 32, 32), 0.01)
+    assert clean.isfinite().all() and clean.abs().max() < 2
+
+
+def test_no_name_and_no_file_is_refused():
+    with pytest.raises(UserError, match="give --dataset_name, or the file of a teacher"):
+        load_teacher(None)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_student_comes_back_as_it_was_saved(net, tmp_path, conditioned):
+    teacher = load_teacher(None, write_edm_pickle(tmp_path / "t.pkl", net, TINY))
+    sampling = SamplingSettings(**{**vars(SAMPLING), "use_step_condition": conditioned})
+    student = make_student(teacher, sampling)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    save_student(tmp_path / "network-snapshot-000001.safetensors", student, {"images": 1000})
+    loaded = load_student(tmp_path)
+    assert loaded.sampling == sampling and loaded.sigma_max == 80.0
+    mine, theirs = student.net.state_dict(), loaded.net.state_dict()
+    assert list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    x = torch.randn(1, 3, 8, 8)
+    step = sampling.step_condition
+    assert torch.equal(loaded.denoise(x, 1.0, step_condition=step), student.eval().denoise(x, 1.0, step_condition=step))
+
+
+def test_the_newest_snapshot_of_a_run_directory_is_taken(tmp_path):
+    for kimg in (5, 100, 20):
+        (tmp_path / f"network-snapshot-{kimg:06d}.safetensors").touch()
+    assert find_student(tmp_path).name == "network-snapshot-000100.safetensors"
+    run = tmp_path / "exps" / "00007-emoji32-4-2"
+    run.mkdir(parents=True)
+    (run / "network-snapshot-000003.safetensors").touch()
+    assert find_student("7", tmp_path / "exps").parent == run
+    with pytest.raises(UserError, match=r"run 8 does not exist .* expected a folder 00008-"):
+        find_student("8", tmp_path / "exps")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"class": "os.system"}, "expected EDMPrecond"),
+    ({"model_channels": 2**40}, "does not fit the network|cannot be built"),
+    ({"model_channels": "16"}, "cannot be built"),
+    ({"num_blocks": 10**9}, "unusable network"),
+    ({"channel_mult": 3}, "unusable network"),
+    ({"model_type": "VPPrecond"}, "cannot be built"),
+    ({"sides": 4}, "unknown arguments: sides"),
+    ({"img_channels": 1}, r"differences, first model\.enc\.8x8_conv\.weight"),
+    ({"use_step_condition": True}, r"missing model\.map_step_layer0\.weight"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_the_tensors_are_one_line(net, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_network({**network_spec(net), **change}, net.state_dict(), "file")
+    assert "\n" not in error.value.message and len(error.value.message) < 500

@@ -1,0 +1,305 @@
+"""Making a teacher of one's own images: it learns, resumes bitwise, and refuses what it cannot use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import flags, invoke, run_ranks, run_script, same, weights, write_images
+
+from dnnlib import UserError
+from models import load_teacher
+from torch_utils.checkpoint import read_settings
+from torch_utils.metrics.image_set import ImageDataset
+from training.pretrain import PretrainConfig, batch_indices, ema_beta, learning_rate
+
+PRETRAIN = {
+    "channels": 16, "mult": "1,2", "blocks": 1, "attn": "4", "kimg": 0.128, "batch": 8, "lr": 2e-3, "snap": 0.064, "ema": 0.05, "device": "cpu",
+    "precision": "fp32",
+}  # fmt: skip
+
+
+def pretrain(data, outdir, *more, **changes):
+    return invoke("training.pretrain", *flags(PRETRAIN, {"data": data, "outdir": outdir}, changes), *more)
+
+
+def labelled(folder, count, classes=2, **kwargs):
+    write_images(folder, count, **kwargs)
+    labels = [[f"{i:04d}.png", i % classes] for i in range(count)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def losses(outdir):
+    return [float(value) for value in re.findall(r"loss (\S+)", (outdir / "log.txt").read_text())]
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_lowers_its_loss_and_its_teacher_can_be_loaded(tmp_path):
+    data = write_images(tmp_path / "data", 16)
+    pretrain(data, tmp_path / "run", kimg=1.6, snap=0.4, lr=2e-2, batch=16).ok()  # the rate warms up over 10 kimg
+    found = losses(tmp_path / "run")
+    assert len(found) == 4 and found[-1] < 0.7 * found[0]
+    path = tmp_path / "run" / "teacher.safetensors"
+    model = load_teacher(None, model_path=path)
+    assert (model.img_resolution, model.img_channels, model.label_dim) == (8, 3, 0)
+    settings = read_settings(path)
+    assert settings["format"] == "teacher" and settings["training"]["images_seen"] == 1600
+    images = torch.from_numpy(ImageDataset(data).load_all()).float() / 127.5 - 1
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    error = (model.denoise(images + 0.5 * noise, 0.5) - images).square().mean()
+    assert error < 0.5 * (0.5 * noise).square().mean()  # the averaged weights denoise
+    with Image.open(tmp_path / "run" / "samples.png") as picture:
+        assert picture.size == (64, 64)
+    assert json.loads((tmp_path / "run" / "training_options.json").read_text())["kimg"] == 1.6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"dropout": 0.2, "xflip": True, "cond": True}],
+    ids=["plain", "all"],
+)
+def test_killed_run_ends_as_an_uninterrupted_one(changes, tmp_path):
+    data = labelled(tmp_path / "data", 70)
+    pretrain(data, tmp_path / "whole", **changes).ok()
+    args = flags(PRETRAIN, {"data": data, "outdir": tmp_path / "parts"}, changes)
+    killed = run_ranks("training.pretrain", args, tmp_path, kill=("training.pretrain:Trainer.step", 11))
+    assert killed.code == -signal.SIGKILL, killed.output
+    assert "Continuing at 0.1 kimg" in pretrain(data, tmp_path / "parts", **changes).ok().output
+    assert same(
+        weights(tmp_path / "whole" / "teacher.safetensors"), weights(tmp_path / "parts" / "teacher.safetensors")
+    )
+
+
+@pytest.mark.slow
+def test_number_of_snapshots_does_not_change_the_weights(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    for name, snap in (("a", 0.032), ("b", 1)):
+        pretrain(data, tmp_path / name, snap=snap).ok()
+    assert same(weights(tmp_path / "a" / "teacher.safetensors"), weights(tmp_path / "b" / "teacher.safetensors"))
+
+
+def test_longer_run_continues_and_other_settings_are_refused(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", kimg=0.032).ok()
+    pretrain(data, tmp_path / "run", kimg=0.032, lr=1e-3, seed=2).refused(
+        r"run of other settings \(.*lr.*seed.*another --outdir"
+    )
+    pretrain(data, tmp_path / "run", kimg=0.032, channels=8).refused(r"run of other settings \(network")
+    pretrain(data, tmp_path / "run", kimg=0.064).ok()
+    assert read_settings(tmp_path / "run" / "teacher.safetensors")["training"]["images_seen"] == 64
+    before = (tmp_path / "run" / "teacher.safetensors").read_bytes()
+    pretrain(data, tmp_path / "run", kimg=0.064).ok()
+    assert (tmp_path / "run" / "teacher.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", "other"])
+def test_damaged_state_is_one_line(content, tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", kimg=0.032).ok()
+    path = tmp_path / "run" / "state.pt"
+    torch.save({"a": 1}, path) if content == "other" else path.write_bytes(content)
+    pretrain(data, tmp_path / "run", kimg=0.064).refused(r"state\.pt|other settings")
+
+
+@pytest.mark.parametrize("count", [70, 10], ids=["many", "fewer-than-the-picture-shows"])
+def test_labels(count, tmp_path):
+    data = labelled(tmp_path / "data", count, classes=3)
+    pretrain(data, tmp_path / "run", kimg=0.032, cond=True).ok()
+    model = load_teacher(None, model_path=tmp_path / "run" / "teacher.safetensors")
+    assert model.label_dim == 3
+    x, labels = torch.randn(2, 3, 8, 8), torch.eye(3)[:2]
+    assert not torch.equal(model.denoise(x, 1.0, labels), model.denoise(x, 1.0, labels.flip(0)))
+    pretrain(data, tmp_path / "without", kimg=0.008).ok()
+    assert load_teacher(None, model_path=tmp_path / "without" / "teacher.safetensors").label_dim == 0
+
+
+def test_grey_images(tmp_path):
+    pretrain(write_images(tmp_path / "data", 10, mode="L"), tmp_path / "run", kimg=0.016).ok()
+    assert load_teacher(None, model_path=tmp_path / "run" / "teacher.safetensors").img_channels == 1
+
+
+def test_options_change_what_they_should(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    ways = {"base": {}, "again": {}, "seed": {"seed": 1}, "xflip": {"xflip": True}, "dropout": {"dropout": 0.3}, "ema": {"ema": 0},
+            "lr": {"lr": 1e-3}, "bf16": {"precision": "bf16"}}  # fmt: skip
+    found = {}
+    for name, changes in ways.items():
+        pretrain(data, tmp_path / name, **{"kimg": 0.016, "mult": "1", **changes}).ok()
+        found[name] = weights(tmp_path / name / "teacher.safetensors")
+    assert same(found["base"], found.pop("again"))
+    names = list(found)
+    assert not any(same(found[a], found[b]) for i, a in enumerate(names) for b in names[i + 1 :])
+
+
+def test_learning_rate_and_average():
+    config = PretrainConfig("x", {}, kimg=100, batch=10, lr=1e-3, warmup_kimg=10, decay=0.4, ema_kimg=2)
+    expected = {0: 0, 5000: 0.5e-3, 10_000: 1e-3, 60_000: 1e-3, 80_000: 0.5e-3, 90_000: 0.25e-3, 100_000: 0}
+    assert {n: learning_rate(config, n) for n in expected} == pytest.approx(expected)
+    assert learning_rate(replace(config, decay=0), 99_999) == 1e-3
+    assert ema_beta(config, 100_000) == 0.5 ** (10 / 2000) and ema_beta(config, 1000) == 0.5 ** (10 / 50)
+
+
+def test_every_image_is_seen_once_in_an_epoch():
+    config = PretrainConfig("x", {}, batch=4)
+    seen = torch.cat([batch_indices(config, 10, i) for i in range(10)]).view(4, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in seen)
+    assert len({tuple(epoch.tolist()) for epoch in seen}) == 4
+
+
+# --- Refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    run = tmp_path / "run"
+    pretrain(tmp_path / "none", run).refused(r"none is neither a folder nor a zip archive")
+    pretrain(write_images(tmp_path / "wide", 2, size=(16, 8)), run).refused(r"images of 8×16; expected square ones")
+    pretrain(data, run, cond=True).refused(r"--cond=True needs labels")
+    pretrain(data, run, mult="1,b").refused(r"--mult and --attn are lists of integers")
+    pretrain(data, run, mult="").refused(r"mult")
+    pretrain(data, run, mult="0,1").refused(r"mult")
+    pretrain(data, run, channels=5).refused(r"channels")
+    pretrain(data, run, batch=0).refused(r"batch")
+    pretrain(data, run, device="toaster").refused(r"--device is 'toaster'")
+    invoke("training.pretrain", "--outdir=x").refused(r"--data")
+    assert not run.exists()
+    (tmp_path / "file").touch()
+    pretrain(data, tmp_path / "file").refused(r"file")
+    pretrain(data, tmp_path / "file" / "below").refused(r"file")
+
+
+def test_images_that_levels_do_not_divide_are_refused(tmp_path):
+    """10 → 5 → 2 pixels: the way up meets other sizes."""
+    data = write_images(tmp_path / "data", 4, size=(10, 10))
+    pretrain(data, tmp_path / "run", mult="1,1,1").refused(r"10|divi|level|mult")
+
+
+def test_images_of_different_shapes_are_refused(tmp_path):
+    data = write_images(tmp_path / "data", 3)
+    Image.new("RGB", (16, 16)).save(data / "9999.png")
+    pretrain(data, tmp_path / "run").refused(r"9999\.png.*\(3, 16, 16\).*\(3, 8, 8\)")
+    Image.new("L", (8, 8)).save(data / "9999.png")
+    pretrain(data, tmp_path / "run").refused(r"9999\.png.*\(1, 8, 8\)")
+
+
+@pytest.mark.slow
+def test_module_runs_as_documented(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    args = flags(PRETRAIN, data=data, outdir=tmp_path / "teachers" / "mine", kimg=0.016)
+    assert "teacher.safetensors" in run_script("training.pretrain", *args, cwd=tmp_path).ok().output
+    run_script("training.pretrain", "--data=none", "--outdir=x", cwd=tmp_path).refused("none is neither")
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+
+def zipped(folder, path, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder).as_posix())
+    return path
+
+
+def test_folder_and_archive_are_the_same_data_set(tmp_path):
+    data = labelled(tmp_path / "data", 5)
+    (data / "sub").mkdir()
+    (data / "0001.png").rename(data / "sub" / "0001.PNG")
+    (data / "notes.txt").write_text("no image")
+    labels = [[n, i % 2] for i, n in enumerate(["0000.png", "0002.png", "0003.png", "0004.png", "sub/0001.PNG"])]
+    (data / "dataset.json").write_text(json.dumps({"labels": labels}))
+    folder, archive = ImageDataset(data), ImageDataset(zipped(data, tmp_path / "data.zip"))
+    assert folder.names == archive.names == [n for n, _ in labels]
+    assert np.array_equal(folder.load_all(), archive.load_all()) and folder.load_all().shape == (5, 3, 8, 8)
+    assert folder.labels.tolist() == archive.labels.tolist() == [0, 1, 0, 1, 0] and folder.label_dim == 2
+    assert len(folder) == 5 and folder.load_all().dtype == np.uint8
+    with Image.open(data / "0003.png") as image:
+        assert np.array_equal(folder.load(2), np.array(image).transpose(2, 0, 1))
+
+
+def test_modes_of_images(tmp_path):
+    for name, mode in (("a", "L"), ("b", "P"), ("c", "RGBA"), ("d", "1"), ("e", "RGB")):
+        Image.new(mode, (8, 8)).save(tmp_path / f"{name}.png")
+    dataset = ImageDataset(tmp_path)
+    assert [dataset.load(i).shape[0] for i in range(5)] == [1, 3, 3, 3, 3]
+
+
+def test_data_set_crosses_into_another_process(tmp_path):
+    import pickle
+
+    archive = ImageDataset(zipped(write_images(tmp_path / "data", 3), tmp_path / "d.zip"))
+    first = archive.load(0)
+    assert np.array_equal(pickle.loads(pickle.dumps(archive)).load(0), first)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{ half", "[]", "3", "{}", '{"labels": 5}', '{"labels": [["0000.png", 0]]}', '{"labels": [["0000.png", -1], ["0001.png", 0]]}',
+     '{"labels": [["0000.png", "x"], ["0001.png", 0]]}', '{"labels": [0, 1]}', '{"labels": [["0000.png", null], ["0001.png", 0]]}',
+     '{"labels": [["0000.png", 1e99], ["0001.png", 0]]}', '{"labels": {"0000.png": 1, "0001.png": 2}}', '{"labels": [["0000.png", 0.5], ["0001.png", 1]]}'],
+)  # fmt: skip
+def test_labels_that_do_not_match_are_refused(content, tmp_path):
+    data = write_images(tmp_path / "data", 2)
+    (data / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=r"dataset\.json in .* must hold `labels`"):
+        ImageDataset(data)
+
+
+def test_labels_may_be_null(tmp_path):
+    data = write_images(tmp_path / "data", 2)
+    (data / "dataset.json").write_text('{"labels": null}')
+    assert ImageDataset(data).labels is None and ImageDataset(data).label_dim == 0
+
+
+def test_unusable_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        ImageDataset(tmp_path / "none")
+    (tmp_path / "text").write_text("no archive")
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        ImageDataset(tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        ImageDataset(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds no image"):
+        ImageDataset(zipped(tmp_path / "empty", tmp_path / "empty.zip"))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_archives_are_refused(method, tmp_path):
+    """Every byte may be wrong: in the list of contents, in the headers, in the images."""
+    data = write_images(tmp_path / "data", 2)
+    content = bytearray(zipped(data, tmp_path / "d.zip", method).read_bytes())
+    path, outcomes = tmp_path / "bent.zip", set()
+    for at in range(0, len(content), 3):
+        bent = bytearray(content)
+        bent[at] ^= 0xFF
+        path.write_bytes(bent)
+        try:
+            ImageDataset(path).load_all()
+            outcomes.add("read")
+        except UserError as error:
+            assert str(path) in error.format_message() and "\n" not in error.format_message()
+            outcomes.add("refused")
+    assert "refused" in outcomes
+
+
+def test_damaged_images_are_refused(tmp_path):
+    data = write_images(tmp_path / "data", 2)
+    content = (data / "0001.png").read_bytes()
+    for bad in (b"", b"text", content[:20], content[: len(content) // 2]):
+        (data / "0001.png").write_bytes(bad)
+        with pytest.raises(UserError, match=r"0001\.png in .* is not a readable image"):
+            ImageDataset(data).load_all()
+    os.remove(data / "0001.png")
+    assert len(ImageDataset(data)) == 1

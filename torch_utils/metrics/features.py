@@ -1,0 +1,290 @@
+"""Features of many images: decoding beside the computation, sharding over ranks, streaming moments, caching.
+
+Rank r takes a contiguous block of the images, so that gathered features are in index order. Moments are sums in
+float64, reduced over ranks. Nothing grows with the number of images unless the features are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dnnlib import UserError
+
+from .. import distributed
+
+
+class ImageSource(Protocol):
+    """Images by index, uint8 `[C, H, W]`; `names` say which is which. What it cannot read is a click error.
+
+    A copy (`copy.copy`) shares no open file with the original.
+    """
+
+    names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> np.ndarray: ...
+
+
+class FeatureNetwork(Protocol):
+    """uint8 images `[B, C, H, W]` → float32 features `[B, dim]` on `device`."""
+
+    dim: int
+    device: torch.device
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def choose(count: int, num: int | None = None, seed: int = 0) -> np.ndarray:
+    """Indices of `num` of `count` images, ascending, as EDM chooses them; all of them if `num` is None."""
+    indices = np.arange(count)
+    if num is None or num == count:
+        return indices
+    if num > count:
+        raise UserError(f"found {count} images, fewer than --num={num}; lower --num or add images")
+    np.random.RandomState(seed % 2**31).shuffle(indices)
+    return np.sort(indices[:num])
+
+
+def shard(count: int) -> range:
+    """This rank's part of `range(count)`: contiguous, in the order of ranks, sizes that differ by at most one."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+class _Decoded(Dataset):
+    """Decoding in workers. An error becomes a value: what a worker raises would reach the user as a traceback."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+        # A copy, for workers that are forks must not share an open archive and its position.
+        self.source, self.indices = copy.copy(source), indices
+        self.shape = source.load(int(indices[0])).shape if len(indices) else ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Tensor | str:
+        index = int(self.indices[position])
+        try:
+            image = self.source.load(index)
+        except UserError as error:
+            return error.message
+        if image.shape != self.shape:
+            return (
+                f"{self.source.names[index]} has shape {list(image.shape)}, the first image {list(self.shape)}; "
+                "resize and convert the images to one shape (channels, height, width)"
+            )
+        return torch.from_numpy(np.array(image))
+
+
+def _stack(items: list[Tensor | str]) -> Tensor | str:
+    errors = [item for item in items if isinstance(item, str)]
+    return errors[0] if errors else torch.stack([item for item in items if isinstance(item, Tensor)])
+
+
+def decoded_batches(source: ImageSource, indices: np.ndarray, batch: int, workers: int = 0) -> Iterator[Tensor]:
+    """This rank's share of the images as uint8 `[≤ batch, C, H, W]`, decoded in `workers` processes.
+
+    Raises:
+        UserError: an image that cannot be read, or shapes that differ.
+    """
+    part = shard(len(indices))
+    # The first image of all sets the shape, so that every rank compares with the same one.
+    dataset = _Decoded(source, np.concatenate([indices[:1], indices[part.start : part.stop]]))
+    dataset.indices = dataset.indices[1:]
+    workers = min(workers, len(dataset) // batch, os.cpu_count() or 1)
+    loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_stack, prefetch_factor=2 if workers else None)
+    for images in loader:
+        if isinstance(images, str):
+            raise UserError(images)
+        yield images
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+@dataclass
+class Moments:
+    """Sums from which mean and covariance follow, float64 on the CPU or GPU."""
+
+    total: Tensor
+    outer: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> Moments:
+        kwargs: dict[str, Any] = dict(dtype=torch.float64, device=device)
+        return cls(torch.zeros(dim, **kwargs), torch.zeros(dim, dim, **kwargs))
+
+    def add(self, features: Tensor) -> None:
+        """Add `[B, D]`."""
+        features = features.to(self.total.device).double()
+        self.total += features.sum(0)
+        self.outer.addmm_(features.T, features)
+        self.count += len(features)
+
+    def reduce(self) -> None:
+        """Add up the ranks' sums."""
+        count = torch.tensor([self.count], dtype=torch.float64, device=self.total.device)
+        for value in (self.total, self.outer, count):
+            distributed.all_reduce_sum(value)
+        self.count = int(count)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean `[D]` and covariance `[D, D]`, the latter divided by N − 1."""
+        mu = self.total / self.count
+        sigma = (self.outer - torch.outer(mu, mu) * self.count) / (self.count - 1)
+        return mu.cpu().numpy(), sigma.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What is known of a set of images.
+
+    Attributes:
+        count: number of images; None where published statistics do not say.
+        moments: mean and covariance, float64 `[D]` and `[D, D]`; None if they were not asked for.
+        kept: features, float32 `[count, D]` in index order; None if they were not asked for.
+    """
+
+    count: int | None
+    moments: tuple[np.ndarray, np.ndarray] | None = None
+    kept: np.ndarray | None = None
+
+    @classmethod
+    def from_features(cls, features: np.ndarray, moments: bool = True) -> FeatureSet:
+        if not moments:
+            return cls(len(features), kept=features)
+        sums = Moments.zeros(features.shape[1])
+        for start in range(0, len(features), 1024):
+            sums.add(torch.from_numpy(features[start : start + 1024]))
+        return cls(len(features), sums.finish(), features)
+
+    @property
+    def mu(self) -> np.ndarray:
+        return self._asked_moments()[0]
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self._asked_moments()[1]
+
+    @property
+    def features(self) -> np.ndarray:
+        if self.kept is None:
+            raise ValueError("these features were not kept")
+        return self.kept
+
+    def _asked_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.moments is None:
+            raise ValueError("the moments of these features were not computed")
+        return self.moments
+
+
+def extract(
+    batches: Iterable[Tensor],
+    network: FeatureNetwork,
+    count: int,
+    keep: bool = False,
+    moments: bool = True,
+    desc: str = "features",
+) -> FeatureSet:
+    """Features of `count` images, of which `batches` are this rank's share. Every rank returns the same.
+
+    Args:
+        batches: uint8 images `[B, C, H, W]`; together the images of this rank's `shard(count)`.
+        keep: gather the features themselves; without it, memory does not grow with `count`.
+        moments: compute mean and covariance.
+
+    Raises:
+        UserError: on every rank, if one of them has an image that cannot be read or a feature that is not
+            finite.
+    """
+    if count < 2:
+        raise UserError(f"found {count} image; statistics need at least 2")
+    sums = Moments.zeros(network.dim, _sum_device(network.device)) if moments else None
+    kept = [torch.empty([0, network.dim])]
+
+    def run() -> None:
+        part = shard(count)
+        position = part.start
+        bar = dict(desc=desc, unit="img", disable=distributed.rank() != 0, dynamic_ncols=True)
+        with tqdm(total=len(part), **bar) as progress:
+            for images in batches:
+                features = network.features(images)
+                _check_finite(features, position)
+                if sums is not None:
+                    sums.add(features)
+                if keep:
+                    kept.append(features.cpu())
+                position += len(features)
+                progress.update(len(features))
+
+    on_all_ranks(run)
+    if sums is not None:
+        sums.reduce()
+    features = gather_rows(torch.cat(kept), count).numpy() if keep else None
+    return FeatureSet(count, None if sums is None else sums.finish(), features)
+
+
+def _sum_device(device: torch.device) -> torch.device:
+    return device if device.type == "cuda" else torch.device("cpu")  # mps has no float64
+
+
+def _check_finite(features: Tensor, first: int) -> None:
+    if not bool(features.isfinite().all()):
+        bad = first + int((~features.isfinite().all(1)).nonzero()[0])
+        raise UserError(f"features of image {bad} are not finite; the detector or the image is damaged")
+
+
+def on_all_ranks(action: Callable[[], None]) -> None:
+    """Run `action` on every rank; if it fails on one with a user's error, every rank raises that error."""
+    message = None
+    try:
+        action()
+    except UserError as error:
+        message = error.message
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    messages = [message]
+    if dist.is_initialized():
+        messages = [None] * distributed.world_size()
+        dist.all_gather_object(messages, message)
+    first = next((m for m in messages if m is not None), None)
+    if first is not None:
+        raise UserError(first)
+
+
+def gather_rows(rows: Tensor, count: int) -> Tensor:
+    """Rows of all ranks `[count, D]` on the CPU, each rank having passed the rows of its `shard(count)`."""
+    if not dist.is_initialized():
+        return rows
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    world = distributed.world_size()
+    sizes = [count * (r + 1) // world - count * r // world for r in range(world)]
+    padded = torch.zeros([max(sizes), rows.shape[1]], device=device)
+    padded[: len(rows)] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes)])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files

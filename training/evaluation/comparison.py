@@ -1,0 +1,192 @@
+"""A student beside its teacher and training-free solvers: Fréchet distance, precision, recall, density and coverage.
+
+Every sampler makes the images of the same seeds, and is compared with the same reference. A result is a line of
+`metrics.jsonl`; a second run computes only what is not there yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib import UserError, replacing, write_text
+from models.detectors import Detector
+from models.loading import load_teacher
+from models.model import VARIABLE_STEPS, Student
+from models.sampling import OpenedSampler, Sampler, SamplerOptions, TeacherOptions, student_sampler, teacher_sampler
+from torch_utils import distributed
+from torch_utils.metrics.features import FeatureSet, extract
+from torch_utils.metrics.frechet import frechet_distance
+from torch_utils.metrics.prdc import precision_recall_density_coverage
+
+from .extractor import Extractor
+from .records import append_records
+from .sources import seeded_batches
+
+#: What a student is compared with, at the same small numbers of evaluations.
+TRAINING_FREE = {"euler": "Euler", "dpmpp": "DPM-Solver++"}
+TRAINING_FREE_NFES = (2, 3, 5)
+BEST = "teacher, Heun"
+PRDC = ("precision", "recall", "density", "coverage")
+INSTALL_MATPLOTLIB = "pip install matplotlib"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sampler, what people call it, and what determines its images (JSON-serialisable)."""
+
+    label: str
+    sampler: Sampler
+    identity: dict[str, Any]
+
+    @property
+    def nfe(self) -> int:
+        return self.sampler.nfe
+
+
+def rows(student: OpenedSampler, precision: str) -> list[Row]:
+    """The teacher at its best, training-free solvers at few evaluations, and the student at every NFE that it serves.
+
+    Raises:
+        UserError: not a student, or its teacher is not to be had.
+    """
+    model = student.sampler.model
+    if not isinstance(model, Student):
+        raise UserError("--model_path is a teacher; expected the student to compare with its teacher")
+    teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
+    teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
+    choices = [(BEST, SamplerOptions(denoise_to_zero=True))]
+    for solver, label in TRAINING_FREE.items():
+        choices += [(label, SamplerOptions(num_steps=nfe + 1, solver=solver)) for nfe in TRAINING_FREE_NFES]
+    name = model.sampling.teacher_path or model.dataset_name
+    rate, prompts = student.sampler.guidance_rate, student.sampler.prompts
+    # What captions the images have is in the student's identity, for a text-conditioned one.
+    shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity} | {"precision": precision}
+    found = []
+    for label, chosen in choices:
+        options = TeacherOptions(**chosen.given(), guidance_rate=rate)
+        identity = {"model": f"teacher of {name}", **asdict(options), **shared}
+        found.append(Row(label, teacher_sampler(teacher, options, prompts), identity))
+    for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):
+        identity = {**shared, **student.identity, "num_steps": n}
+        found.append(Row("student", student_sampler(model, n, rate, prompts), identity))
+    return found
+
+
+def compare(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    reference: FeatureSet,
+    nearest_k: int,
+    extractor: Extractor,
+    facts: dict[str, Any],
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Metrics of every row, in the order of the rows; those that `out` holds already are not computed again.
+
+    Args:
+        reference: with features and moments.
+        facts: what else determines a result; recorded with it.
+        out: JSON lines, one for a row.
+    """
+    found = []
+    for row in rows:
+        key = {**facts, "sampler": {**row.identity, "nfe": row.nfe}, "N": len(seeds), "nearest_k": nearest_k}
+        key |= extractor.detector.identity()
+        result = distributed.on_first_rank(partial(_recorded, out, key))
+        if result is None:
+            batches = seeded_batches(row.sampler, seeds, None, extractor.batch)
+            made = extract(batches, extractor.detector, len(seeds), True, True, f"{row.label}, NFE {row.nfe}")
+            result = distributed.on_first_rank(partial(_judge, row, made, reference, extractor.detector, key, out))
+        found.append(result)
+    return found
+
+
+def _judge(
+    row: Row, made: FeatureSet, reference: FeatureSet, detector: Detector, key: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    distance = frechet_distance(made.mu, made.sigma, reference.mu, reference.sigma)
+    prdc = precision_recall_density_coverage(reference.features, made.features, key["nearest_k"], detector.device)
+    result = {"metric": detector.label, "value": distance, "prdc": prdc, "label": row.label, "nfe": row.nfe, **key}
+    append_records(out, [result])
+    return result
+
+
+def _recorded(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The line of `out` with all of `key`, if there is one."""
+    if not out.exists():
+        return None
+    for line in out.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "prdc" in record and all(record.get(name) == value for name, value in key.items()):
+            return record
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one line for a sampler."""
+    lines = [f"| sampler | NFE | {results[0]['metric']} | " + " | ".join(PRDC) + " |", "|---" * (3 + len(PRDC)) + "|"]
+    for r in results:
+        shares = " | ".join(f"{r['prdc'][name]:.3f}" for name in PRDC)
+        lines.append(f"| {r['label']} | {r['nfe']} | {r['value']:.4g} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def closed_gap(results: Sequence[dict[str, Any]]) -> str | None:
+    """How far the student at its fewest evaluations gets from the best training-free solver there to the teacher."""
+    student = min((r for r in results if r["label"] == "student"), key=lambda r: r["nfe"])
+    same = [r for r in results if r["label"] in TRAINING_FREE.values() and r["nfe"] == student["nfe"]]
+    if not same:
+        return None
+    start, end = min(same, key=lambda r: r["value"]), next(r for r in results if r["label"] == BEST)
+    share = (start["value"] - student["value"]) / (start["value"] - end["value"])
+    return (
+        f"At NFE {student['nfe']} the student closes {100 * share:.0f} % of the gap in {student['metric']} between "
+        f"{start['label']} and the teacher's {end['nfe']} evaluations."
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A plot of every metric against NFE, the teacher's as a line across, as a PNG."""
+    from matplotlib.figure import Figure  # optional; no pyplot, so no display and no global state
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    large, *small = figure.subplot_mosaic([["fd", "precision", "recall"], ["fd", "density", "coverage"]],
+                                          width_ratios=[2, 1, 1]).values()  # fmt: skip
+    for axes, name in zip([large, *small], ["value", *PRDC], strict=True):
+        for label in dict.fromkeys(r["label"] for r in results):
+            group = [r for r in results if r["label"] == label]
+            values = [r["value"] if name == "value" else r["prdc"][name] for r in group]
+            if label == BEST:
+                axes.axhline(values[0], color="gray", linestyle="--", label=f"{label}, NFE {group[0]['nfe']}")
+            else:
+                axes.plot([r["nfe"] for r in group], values, "o-", label=label)
+        axes.set_title(results[0]["metric"] if name == "value" else name, fontsize=10)
+        axes.set_xticks(sorted({r["nfe"] for r in results if r["label"] != BEST}))
+        axes.grid(alpha=0.3)
+    large.set_xlabel("network evaluations per image (NFE)")
+    large.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def write(results: Sequence[dict[str, Any]], outdir: Path) -> list[Path]:
+    """`metrics.md`, and `metrics.png` where matplotlib is installed; returns what was written."""
+    gap = closed_gap(results)
+    write_text(outdir / "metrics.md", table(results) + (f"\n{gap}\n" if gap else ""))
+    if importlib.util.find_spec("matplotlib") is None:
+        click.echo(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB} and run this again", err=True)
+        return [outdir / "metrics.md"]
+    draw(results, outdir / "metrics.png")
+    return [outdir / "metrics.md", outdir / "metrics.png"]
