@@ -17,8 +17,7 @@ from dnnlib import UserError
 
 from .networks.autoencoders import Autoencoder, load_autoencoder
 from .networks.clip_text import TextEncoder
-
-FIRST_STAGE, TEXT = "first_stage_model.", "cond_stage_model."
+from .published.state_dicts import FIRST_STAGE, TEXT, below
 
 
 class LatentSpace:
@@ -59,7 +58,7 @@ class LatentSpace:
         if self._file is None:
             self._file = self._read()
         tensors, path = self._file
-        part = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        part = below(tensors, prefix)
         if not part:
             raise UserError(f"{path} holds no {prefix}* tensors; expected the complete published file")
         return part, path

@@ -16,16 +16,17 @@ from torch import Tensor
 from dnnlib import UserError
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
-from .latent import FIRST_STAGE, TEXT, LatentSpace
+from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
 from .networks.guided_unet import GuidedUNet
 from .noise import DiscreteNoise
 from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDMPrecond, Precond
-from .published.diffusers import UNET, is_stable_diffusion, read_stable_diffusion
+from .published.diffusers import is_stable_diffusion, read_stable_diffusion
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
+from .published.state_dicts import FIRST_STAGE, TEXT, UNET
 from .published.torch_checkpoint import read_checkpoint
-from .registry import ROWS, DatasetRow, fetch_weights, get_row
+from .registry import ROWS, DatasetSpec, fetch_weights, get_row
 
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
@@ -115,20 +116,20 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-def row_config(row: DatasetRow) -> dict[str, Any]:
+def row_config(row: DatasetSpec) -> dict[str, Any]:
     """What `models/configs` says of a row whose file does not describe itself."""
     if row.config is None:
         raise ValueError(f"{row.name} has no file in models/configs")
     return read_config(row.config)
 
 
-def build_on_meta(row: DatasetRow) -> Precond:
+def build_on_meta(row: DatasetSpec) -> Precond:
     """The network of a row without memory: names, shapes and operations, no values."""
     spec = (read_settings(row.path) if row.config is None else read_config(row.config))["network"]
     return _describe_network(spec, row.name)
 
 
-def highest_sigma(row: DatasetRow, net: Precond) -> float:
+def highest_sigma(row: DatasetSpec, net: Precond) -> float:
     """Where sampling starts: the row's σ_max or, where it has none, the largest noise level that its network knows."""
     if row.sigma_max is not None:
         return row.sigma_max
@@ -157,7 +158,7 @@ def load_teacher(
     elif model_path is not None:
         net, name = _read_own_teacher(Path(model_path)), dataset_name or own_name(model_path)
         latent = _latent_space(net, name, str(model_path))
-        own = DatasetRow(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
+        own = DatasetSpec(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
         row = own if latent is None else get_row(name)
     elif dataset_name is None:
         raise UserError("no dataset_name and no model_path; give --dataset_name, or the file of a teacher")
@@ -168,7 +169,7 @@ def load_teacher(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetRow:
+def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetSpec:
     names = [row.name for row in ROWS.values() if row.loader == "stable-diffusion"]
     if dataset_name not in names:
         raise UserError(f"{model_path} is a Stable Diffusion model; give --dataset_name={names[0]} with it")
@@ -181,7 +182,7 @@ def own_name(model_path: str | os.PathLike) -> str:
     return path.resolve().parent.name if path.name == "teacher.safetensors" else path.stem
 
 
-def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
+def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
     """The model of a row: the published one, or one of the user's `own` in a published layout."""
     if row.loader in ("embedded", "edm"):
         return _read_own_teacher(fetch_weights(row)), None
@@ -194,7 +195,7 @@ def _read_registered(row: DatasetRow, own: Path | None = None) -> tuple[Precond,
     return net, LatentSpace(config, lambda: (rest, path))
 
 
-def read_published(row: DatasetRow, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
+def read_published(row: DatasetSpec, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a row's published file under its names, and the file; or those of the user's `own` model."""
     if own is not None:
         return read_stable_diffusion(own, row_config(row)), own

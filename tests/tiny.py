@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dnnlib import one_line_errors
 from models.loading import network_spec
 from models.precond import EDMPrecond
-from models.registry import ROWS, DatasetRow
+from models.registry import ROWS, DatasetSpec
 from torch_utils.checkpoint import read_network, save_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def _student(kind: str) -> Path:
 
 def known_as_tiny() -> Any:
     """Within this context, `tiny` is a data set of the registry, with the tiny teacher."""
-    return mock.patch.dict(ROWS, tiny=DatasetRow("tiny", "embedded", (str(teacher()),), 8))
+    return mock.patch.dict(ROWS, tiny=DatasetSpec("tiny", "embedded", (str(teacher()),), 8))
 
 
 def second_stage(source: Path, *more: str, **changes: Any) -> Result:

@@ -29,11 +29,12 @@ from torch import Tensor
 from dnnlib import format_count, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, section
 from models.detectors.inception import InceptionV3
-from models.latent import FIRST_STAGE, LatentSpace
+from models.latent import LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
 from models.model import DiffusionModel
 from models.networks.autoencoders import AUTOENCODERS
-from models.registry import DatasetRow, get_row
+from models.published.state_dicts import FIRST_STAGE
+from models.registry import DatasetSpec, get_row
 from models.sampling import Sampler, network_batch
 from solvers import get_solver
 from torch_utils.device import (
@@ -114,7 +115,7 @@ class Side:
             return self.actions[stage]()
 
 
-def make_side(row: DatasetRow, config: DistillConfig, device: torch.device, path: FastPath, precision: str) -> Side:
+def make_side(row: DatasetSpec, config: DistillConfig, device: torch.device, path: FastPath, precision: str) -> Side:
     """The published network of `row` with the same random weights for every side."""
     net = build_on_meta(row).to_empty(device=device)
     fill_randomly(net)
@@ -135,7 +136,7 @@ def make_side(row: DatasetRow, config: DistillConfig, device: torch.device, path
     return side
 
 
-def _random_latent_space(row: DatasetRow) -> LatentSpace:
+def _random_latent_space(row: DatasetSpec) -> LatentSpace:
     config = row_config(row)
     spec = {name: value for name, value in config["first_stage"].items() if name not in ("class", "scale_factor")}
     stage = AUTOENCODERS[config["first_stage"]["class"]](**spec)
@@ -260,7 +261,7 @@ def measure_networks(fast: Side, plain: Side, cost: Cost, repeats: int, echo: Ca
 
 
 def measure_switches(
-    row: DatasetRow, config: DistillConfig, device: torch.device, fast: Side, repeats: int
+    row: DatasetSpec, config: DistillConfig, device: torch.device, fast: Side, repeats: int
 ) -> dict[str, float]:
     """What each switch is worth: time of a training iteration without it over that with it."""
     sides = {

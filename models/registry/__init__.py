@@ -26,7 +26,7 @@ VQ_F4: dict[str, Any] = dict(resolution=256, latent_channels=3, latent_resolutio
 
 
 @dataclass(frozen=True)
-class DatasetRow:
+class DatasetSpec:
     """A teacher: where its weights come from and what it expects.
 
     Attributes:
@@ -82,17 +82,17 @@ class DatasetRow:
 ROWS = {
     row.name: row
     for row in (
-        DatasetRow(
+        DatasetSpec(
             "emoji32", "embedded", ("emoji32-teacher.safetensors",), 32, licence="OFL 1.1", origin="this project"
         ),
-        DatasetRow("cifar10", sources=(f"{EDM_URL}/edm-cifar10-32x32-uncond-vp.pkl",), resolution=32,
+        DatasetSpec("cifar10", sources=(f"{EDM_URL}/edm-cifar10-32x32-uncond-vp.pkl",), resolution=32,
                    config="cifar10", **EDM),
-        DatasetRow("ffhq", sources=(f"{EDM_URL}/edm-ffhq-64x64-uncond-vp.pkl",), resolution=64, config="ffhq", **EDM),
-        DatasetRow("afhqv2", sources=(f"{EDM_URL}/edm-afhqv2-64x64-uncond-vp.pkl",), resolution=64,
+        DatasetSpec("ffhq", sources=(f"{EDM_URL}/edm-ffhq-64x64-uncond-vp.pkl",), resolution=64, config="ffhq", **EDM),
+        DatasetSpec("afhqv2", sources=(f"{EDM_URL}/edm-afhqv2-64x64-uncond-vp.pkl",), resolution=64,
                    config="afhqv2", **EDM),
-        DatasetRow("imagenet64", sources=(f"{EDM_URL}/edm-imagenet-64x64-cond-adm.pkl",), resolution=64,
+        DatasetSpec("imagenet64", sources=(f"{EDM_URL}/edm-imagenet-64x64-cond-adm.pkl",), resolution=64,
                    label_dim=1000, config="imagenet64", **EDM),
-        DatasetRow(
+        DatasetSpec(
             "lsun_bedroom",
             "consistency-models",
             ("https://openaipublic.blob.core.windows.net/consistency/edm_bedroom256_ema.pt",),
@@ -101,10 +101,10 @@ ROWS = {
             licence="MIT",
             origin="Consistency Models",
         ),
-        DatasetRow("lsun_bedroom_ldm", sources=(f"{LDM_URL}/lsun_bedrooms.zip",), config="lsun_bedroom_ldm",
+        DatasetSpec("lsun_bedroom_ldm", sources=(f"{LDM_URL}/lsun_bedrooms.zip",), config="lsun_bedroom_ldm",
                    **LDM, **VQ_F4),
-        DatasetRow("ffhq_ldm", sources=(f"{LDM_URL}/ffhq.zip",), config="ffhq_ldm", **LDM, **VQ_F4),
-        DatasetRow(
+        DatasetSpec("ffhq_ldm", sources=(f"{LDM_URL}/ffhq.zip",), config="ffhq_ldm", **LDM, **VQ_F4),
+        DatasetSpec(
             "ms_coco",
             "stable-diffusion",
             (
@@ -128,14 +128,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def get_row(dataset_name: str) -> DatasetRow:
+def get_row(dataset_name: str) -> DatasetSpec:
     """The row of `dataset_name`, or one clear line with the names there are."""
     if dataset_name not in ROWS:
         raise UserError(f"unknown dataset_name {dataset_name!r}; expected one of {', '.join(ROWS)}")
     return ROWS[dataset_name]
 
 
-def fetch_weights(row: DatasetRow, offline: bool | None = None) -> Path:
+def fetch_weights(row: DatasetSpec, offline: bool | None = None) -> Path:
     """The file with a row's weights, verified; downloaded and unpacked once for all processes that ask.
 
     Args:

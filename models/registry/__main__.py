@@ -20,7 +20,7 @@ from torch_utils.device import PLAIN, use_path
 
 from ..loading import build_on_meta
 from ..networks.clip_text import VIT_L_14
-from . import ROWS, DatasetRow
+from . import ROWS, DatasetSpec
 
 NOTES = """
 (in parentheses) what the network sees: latents of a first stage
@@ -29,7 +29,7 @@ GFLOPs           of one evaluation for one image, two operations for each multip
 sigma            noise levels between which models are distilled and sampled"""
 
 
-def measure(row: DatasetRow) -> dict[str, Any]:
+def measure(row: DatasetSpec) -> dict[str, Any]:
     """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
     with torch.device("meta"), torch.no_grad(), use_path(PLAIN), FlopCounterMode(display=False) as counter:
         net = build_on_meta(row).eval()
@@ -42,7 +42,7 @@ def measure(row: DatasetRow) -> dict[str, Any]:
     return {"parameters": parameters, "gflops": counter.get_total_flops() / 1e9, "own_sigma_max": own_max}
 
 
-def describe(row: DatasetRow) -> dict[str, Any]:
+def describe(row: DatasetSpec) -> dict[str, Any]:
     """Everything that the table shows, for JSON."""
     measured = measure(row)
     sigma_max = measured["own_sigma_max"] if row.sigma_max is None else row.sigma_max

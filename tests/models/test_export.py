@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dnnlib import UserError
 from models import load_student, load_teacher
+from models.export.diffusers import spacing_of
 from models.export.fold import fold_step_condition
 from models.export.program import example_inputs, to_program
 from models.export.student import open_student
@@ -27,7 +28,7 @@ from models.loading import make_student, save_student
 from models.model import SamplingSettings, Student
 from models.precond import CFGPrecond, EDMPrecond
 from models.prompts import Prompts
-from models.published.diffusers import is_stable_diffusion, spacing_of
+from models.published.diffusers import is_stable_diffusion
 from models.sampling import draw_latents
 from solvers import get_schedule, solve
 

@@ -16,7 +16,7 @@ from dnnlib import UserError, download, sha256_of
 from models import prefetch
 from models.loading import build_on_meta
 from models.published.torch_checkpoint import read_checkpoint
-from models.registry import CAPTIONS_URL, ROWS, DatasetRow, fetch_captions, fetch_weights, get_row
+from models.registry import CAPTIONS_URL, ROWS, DatasetSpec, fetch_captions, fetch_weights, get_row
 from models.registry.__main__ import measure, table
 
 FETCHED = [row for row in ROWS.values() if row.loader != "embedded"]
@@ -231,7 +231,7 @@ def test_prefetch_fetches_verifies_and_unpacks(cache, monkeypatch):
 
 
 def test_a_row_is_a_value():
-    row = DatasetRow("mine", "file", ("a.pkl",), 32)
-    assert row == DatasetRow("mine", "file", ("a.pkl",), 32) and hash(row)
+    row = DatasetSpec("mine", "file", ("a.pkl",), 32)
+    assert row == DatasetSpec("mine", "file", ("a.pkl",), 32) and hash(row)
     with pytest.raises(AttributeError):
         row.name = "other"
