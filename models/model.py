@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dnnlib import UserError
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, count_evaluations, get_schedule, get_solver
 
+from .guidance import guided
 from .latent import LatentSpace
 from .precond import Precond
 
@@ -186,7 +187,7 @@ class DiffusionModel(nn.Module):
     def conditioning(self, given: Tensor | None, guidance_rate: float = 1.0) -> dict[str, Any]:
         """What `denoise` takes by name for `given`: one-hot labels, text conditions, or None for neither."""
         if not self.has_text:
-            return {"class_labels": given}
+            return {"class_labels": given, "guidance_rate": guidance_rate}
         unconditional = None if guidance_rate == 1 else self.encode_text([""])
         return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
 
@@ -208,19 +209,24 @@ class DiffusionModel(nn.Module):
     ) -> Tensor:
         """Clean `x`, `[B, C, H, W]` float32, from noisy `x` at `sigma` (scalar, `[1]` or `[B]`).
 
-        `class_labels` is one-hot `[B, label_dim]`; `step_condition` the number of timestamps, for a step-conditioned
-        student. A text-conditioned model takes `condition` `[B, tokens, width]` instead of labels and, for a
-        `guidance_rate` other than 1 (or None, the same), that of the empty caption as `unconditional_condition`.
+        Args:
+            class_labels: one-hot `[B, label_dim]`, of a class-conditional model.
+            condition: `[B, tokens, width]`, of a text-conditioned one, which takes no labels.
+            unconditional_condition: that of the empty caption, which guidance by text needs.
+            guidance_rate: see `models.guidance`; None is 1, no guidance. Labels are guided by zeros in their place.
+            step_condition: number of timestamps, for a step-conditioned student.
+
+        Raises:
+            ValueError: a condition that the model does not have, or none where it needs one.
         """
         rate = 1.0 if guidance_rate is None else guidance_rate
-        if self.has_text:
-            if condition is None or class_labels is not None:
-                raise ValueError(f"{self.dataset_name} is conditioned on text: it takes a condition and no labels")
-            text = dict(condition=condition, unconditional_condition=unconditional_condition, guidance_rate=rate)
-            return self.net(x, sigma, step_condition=step_condition, **text)
-        if condition is not None or unconditional_condition is not None or rate != 1:
-            raise ValueError(f"{self.dataset_name} has no text: it takes no text condition and no guidance rate")
-        return self.net(x, sigma, class_labels, step_condition=step_condition)
+        if rate != 1 and not self.label_dim and not self.has_text:
+            raise ValueError(f"{self.dataset_name} has no conditions: it takes no guidance rate")
+        if rate != 1 and self.has_text and unconditional_condition is None:
+            raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
+        net = partial(self.net, step_condition=step_condition)
+        conditional = partial(net, class_labels=class_labels, condition=condition)
+        return guided(conditional, partial(net, condition=unconditional_condition), rate)(x, sigma)
 
     forward = denoise  # so that hooks and torch.compile see it
 

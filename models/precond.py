@@ -1,8 +1,9 @@
 """Preconditioning: a raw network F becomes the denoiser D.
 
-D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ))
+    D(x; σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x; c_noise(σ))
 
-EDM (Karras et al. 2022, table 1 and equation 7), σ_d the standard deviation of the data:
+A preconditioner is these four numbers, and one forward serves them all. EDM (Karras et al. 2022, arXiv 2206.00364,
+table 1 and equation 7), σ_d the standard deviation of the data:
 
     c_skip = σ_d² / (σ² + σ_d²)      c_out = σ σ_d / √(σ² + σ_d²)      c_in = 1 / √(σ² + σ_d²)      c_noise = ln(σ) / 4
 
@@ -14,6 +15,7 @@ the inverse of their own noise schedule and N the number of its steps:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from .networks.layers import UNetBlock
 from .noise import DiscreteNoise
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+#: c_skip, c_out, c_in and c_noise, each of the shape of σ.
+Scalings = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Precond(nn.Module):
@@ -52,6 +56,59 @@ class Precond(nn.Module):
         self.context_dim: int | None = None
         self.noise_schedule: DiscreteNoise | None = None
         self.compute_dtype: torch.dtype | None = None
+
+    @abstractmethod
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip, c_out, c_in and c_noise at float32 noise levels `sigma` `[1]` or `[B]`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        step_condition: Tensor | float | None = None,
+        force_fp32: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Denoise `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
+
+        Args:
+            class_labels: one-hot `[B, label_dim]` of a class-conditional model; None stands for zeros, "no class".
+            condition: text conditions `[B, M, context_dim]` (or `[1, …]`) of a text-conditioned model.
+            step_condition: number of timestamps (scalar, `[1]` or `[B]`), for a network with `use_step_condition=True`.
+            model_kwargs: whatever else the raw network takes.
+
+        Raises:
+            ValueError: a condition that the model does not have, or none where it needs one.
+        """
+        x = x.float()
+        sigma = _on_device(sigma, x).reshape(-1)
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        raw = self.model(
+            (_spread(c_in) * x).to(self.core_dtype(x.device, force_fp32)),
+            c_noise,
+            self._condition(class_labels, condition, x),
+            step_condition=None if step_condition is None else _on_device(step_condition, x),
+            **model_kwargs,
+        )
+        return _spread(c_skip) * x + _spread(c_out) * raw.float()
+
+    def _condition(self, class_labels: Tensor | None, condition: Tensor | None, x: Tensor) -> Tensor | None:
+        """What the raw network is conditioned on: labels, text or nothing."""
+        if self.context_dim is not None:
+            if condition is None or class_labels is not None:
+                raise ValueError("this model is conditioned on text: it takes a condition and no labels")
+            return condition.expand(len(x), -1, -1)
+        if condition is not None:
+            raise ValueError("this model has no text: it takes no condition")
+        if self.label_dim == 0:
+            if class_labels is not None:
+                raise ValueError("this model has no classes: class_labels must be None")
+            return None
+        if class_labels is None:
+            return torch.zeros([1, self.label_dim], device=x.device)
+        return class_labels.float().reshape(-1, self.label_dim)
 
     def set_dropout(self, probability: float) -> None:
         """Replace the dropout probability of every block."""
@@ -132,38 +189,9 @@ class EDMPrecond(Precond):
         if self.model.map_augment is not None:
             self.model.map_augment.requires_grad_(False)  # sampling has no augmentation labels
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        force_fp32: bool = False,
-        step_condition: Tensor | float | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        """Denoise `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
-
-        `class_labels` is `[B, label_dim]` one-hot; a conditional model without them gets zeros. `step_condition` is the
-        number of timestamps (scalar, `[1]` or `[B]`) for a network built with `use_step_condition=True`.
-        """
-        x = x.float()
-        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
-        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
-        raw = self.model(
-            (x / total).to(self.core_dtype(x.device, force_fp32)),
-            sigma.log().flatten() / 4,
-            self._labels(class_labels, x.device),
-            step_condition=_optional(step_condition, x),
-            **model_kwargs,
-        )
-        return c_skip * x + c_out * raw.float()
-
-    def _labels(self, class_labels: Tensor | None, device: torch.device) -> Tensor | None:
-        if self.label_dim == 0:
-            return None
-        if class_labels is None:
-            return torch.zeros([1, self.label_dim], device=device)
-        return class_labels.float().reshape(-1, self.label_dim)
+    def scalings(self, sigma: Tensor) -> Scalings:
+        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
+        return c_skip, c_out, c_in, sigma.log() / 4
 
 
 class ConsistencyPrecond(Precond):
@@ -195,26 +223,13 @@ class ConsistencyPrecond(Precond):
         )
         self.model = GuidedUNet(img_channels, img_channels, **model_kwargs)
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        force_fp32: bool = False,
-        step_condition: Tensor | float | None = None,
-    ) -> Tensor:
-        """As `EDMPrecond.forward`; there are no classes, so `class_labels` must be None."""
-        _refuse_labels(class_labels)
-        x = x.float()
-        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
-        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
-        core = (x / total).to(self.core_dtype(x.device, force_fp32))
-        raw = self.model(core, 250 * sigma.log().flatten(), step_condition=_optional(step_condition, x))
-        return c_skip * x + c_out * raw.float()
+    def scalings(self, sigma: Tensor) -> Scalings:
+        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
+        return c_skip, c_out, c_in, 250 * sigma.log()
 
 
 class CFGPrecond(Precond):
-    """Denoiser of a noise predictor in a latent space, with classifier-free guidance (arXiv 2207.12598) inside.
+    """Denoiser of a noise predictor in a latent space.
 
     Args:
         img_resolution, img_channels: size and channels of the latents.
@@ -251,63 +266,23 @@ class CFGPrecond(Precond):
         )
         self.model = GuidedUNet(img_channels, img_channels, context_dim=context_dim, **model_kwargs)
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        force_fp32: bool = False,
-        step_condition: Tensor | float | None = None,
-        condition: Tensor | None = None,
-        unconditional_condition: Tensor | None = None,
-        guidance_rate: float = 1.0,
-    ) -> Tensor:
-        """Denoise latents `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
-
-        `condition` and `unconditional_condition` are `[B, M, context_dim]` (or `[1, …]`). A `guidance_rate` r other
-        than 1 takes ε = ε_u + r (ε_c − ε_u), at the cost of a second evaluation.
-        """
-        _refuse_labels(class_labels)
-        x = x.float()
-        sigma = _on_device(sigma, x).reshape(-1)
-        scale = sigma.reshape(-1, 1, 1, 1)
-        core = (x / (scale.square() + 1).sqrt()).to(self.core_dtype(x.device, force_fp32))
-        times = self.noise_schedule.step(sigma)
-        step_condition = _optional(step_condition, x)
-        if condition is not None:
-            condition = condition.expand(x.shape[0], -1, -1)
-        if guidance_rate == 1 or condition is None:
-            noise = self.model(core, times, condition, step_condition).float()
-        else:
-            if unconditional_condition is None:
-                raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
-            context = torch.cat([unconditional_condition.expand(x.shape[0], -1, -1), condition])
-            steps = step_condition
-            if steps is not None and steps.numel() > 1:
-                steps = steps.repeat(2)
-            times = times.repeat(2) if len(times) > 1 else times
-            without, with_text = self.model(torch.cat([core, core]), times, context, steps).float().chunk(2)
-            noise = without + guidance_rate * (with_text - without)
-        return x - scale * noise
+    def scalings(self, sigma: Tensor) -> Scalings:
+        return torch.ones_like(sigma), -sigma, 1 / (sigma.square() + 1).sqrt(), self.noise_schedule.step(sigma)
 
 
 #: The denoisers that a file may describe.
 PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, ConsistencyPrecond, CFGPrecond)}
 
 
-def _edm_scales(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out and 1 / c_in of EDM."""
+def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out and c_in of EDM."""
     total = (sigma.square() + sigma_data**2).sqrt()
-    return sigma_data**2 / total.square(), sigma * sigma_data / total, total
+    return sigma_data**2 / total.square(), sigma * sigma_data / total, 1 / total
 
 
-def _refuse_labels(class_labels: Tensor | None) -> None:
-    if class_labels is not None:
-        raise ValueError("this model has no classes: class_labels must be None")
-
-
-def _optional(value: Tensor | float | None, like: Tensor) -> Tensor | None:
-    return None if value is None else _on_device(value, like)
+def _spread(value: Tensor) -> Tensor:
+    """`[1]` or `[B]`, to be broadcast over images."""
+    return value[:, None, None, None]
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dnnlib import UserError, make_folder, replacing
 from solvers import solve
 from torch_utils.device import PLAIN, use_path
 
+from ..guidance import Denoiser, guided
 from ..loading import row_config
 from ..noise import DiscreteNoise
 from ..precond import CFGPrecond
@@ -47,19 +48,18 @@ class StudentStep(nn.Module):
     def __init__(self, student: OpenedStudent) -> None:
         super().__init__()
         self.has_text, self.guidance_rate = student.model.has_text, student.sampler.guidance_rate
-        self.net: nn.Module = student.net
+        self.net = student.net
         if isinstance(student.net, CFGPrecond):
             student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *given: Tensor) -> Tensor:
-        if not self.has_text:
-            clean = self.net(x, sigma, *given)
-        else:
-            clean = self.net(x, sigma, condition=given[0])
-            if self.guidance_rate != 1:
-                # What guidance does to noise it does to D = x − σ ε.
-                without = self.net(x, sigma, condition=given[1])
-                clean = without + self.guidance_rate * (clean - without)
+        conditional: Denoiser = self.net
+        unconditional: Denoiser = self.net
+        if self.has_text:
+            conditional, unconditional = (partial(self.net, condition=cond) for cond in (given[0], given[-1]))
+        elif given:
+            conditional = partial(self.net, class_labels=given[0])
+        clean = guided(conditional, unconditional, self.guidance_rate)(x, sigma)
         return x + (sigma_next - sigma) / sigma * (x - clean)
 
 
@@ -132,10 +132,11 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
 def _our_step(student: OpenedStudent, inputs: tuple[Tensor, ...]) -> Tensor:
     """The first step of the sampler that evaluates the network, as it takes it."""
     x, given, model, sampler = inputs[0], inputs[3:], student.model, student.sampler
-    arguments: dict[str, Any] = {"class_labels": given[0] if given else None}
+    conditions: dict[str, Any] = {"class_labels": given[0] if given else None}
     if model.has_text:
-        arguments = dict(condition=given[0], unconditional_condition=given[-1], guidance_rate=sampler.guidance_rate)
-    denoise = partial(model.denoise, step_condition=sampler.step_condition, **arguments)
+        conditions = dict(condition=given[0], unconditional_condition=given[-1])
+    conditions |= dict(guidance_rate=sampler.guidance_rate, step_condition=sampler.step_condition)
+    denoise = partial(model.denoise, **conditions)
     return solve(sampler.solver, denoise, x, student.steps[:2])[-1]
 
 

@@ -6,7 +6,7 @@ a published state dict loads strictly. The step-condition branch of SFD-v exists
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,6 @@ from .layers import (
     xavier_uniform,
     zeros,
 )
-
-
-def _skip_scales(count: int, skip_tuning: bool) -> Iterator[float]:
-    """Weights of the skip connections, deepest first; tuned ones rise from 0.75 towards 1 (arXiv 2402.15170)."""
-    return (0.75 + 0.25 * i / count if skip_tuning else 1.0 for i in range(count))
 
 
 class _UNet(nn.Module):
@@ -237,7 +232,6 @@ class SongUNet(_UNet):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         step_condition: Tensor | None = None,
-        skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
         x = arrange(x)
@@ -250,7 +244,7 @@ class SongUNet(_UNet):
         emb = F.silu(self.map_layer1(emb)).expand(x.shape[0], -1)
         step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
         x, skips = self._encode(x, emb, step_emb)
-        return self._decode(x, skips, emb, step_emb, skip_tuning)
+        return self._decode(x, skips, emb, step_emb)
 
     def _encode(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
@@ -267,10 +261,7 @@ class SongUNet(_UNet):
                 skips.append(x)
         return x, skips
 
-    def _decode(
-        self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None, skip_tuning: bool
-    ) -> Tensor:
-        scales = _skip_scales(len(skips), skip_tuning)
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None) -> Tensor:
         image: Any = None  # images from the first aux_conv on
         for name, block in self.dec.items():
             if "aux_up" in name:
@@ -281,7 +272,7 @@ class SongUNet(_UNet):
                 image = block(normed) if image is None else image + block(normed)
             else:
                 if x.shape[1] != block.in_channels:
-                    x = torch.cat([x, _scaled(skips.pop(), next(scales))], dim=1)
+                    x = torch.cat([x, skips.pop()], dim=1)
                 x = block(x, emb, step_emb)
         return image
 
@@ -334,7 +325,6 @@ class DhariwalUNet(_UNet):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         step_condition: Tensor | None = None,
-        skip_tuning: bool = False,
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
         x = arrange(x)
@@ -351,16 +341,11 @@ class DhariwalUNet(_UNet):
         for block in self.enc.values():
             x = block(x, emb, step_emb) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
-        scales = _skip_scales(len(skips), skip_tuning)
         for block in self.dec.values():
             if x.shape[1] != block.in_channels:
-                x = torch.cat([x, _scaled(skips.pop(), next(scales))], dim=1)
+                x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb, step_emb)
         return self.out_conv(self.out_norm(x, silu=True))
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x * scale
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
