@@ -4,10 +4,20 @@ EDM's objective (Karras et al. 2022, table 1 and equation 8): with σ = exp(P_me
 
     E [ (σ² + σ_d²) / (σ σ_d)² · ‖D(y + n; σ) − y‖² ]
 
-minimised by Adam; the weights kept are an exponential moving average. The learning rate is constant after a warm-up and
-falls linearly to zero over the last part of the run, so that a run can be prolonged by the same command with a larger
-`--kimg`. All random numbers of an iteration derive from (seed, iteration): a run that was stopped and started again
-ends with the weights of an uninterrupted one.
+minimised by Adam or Muon. The learning rate is constant after a warm-up and falls linearly to zero over the last part
+of the run, so that a run can be prolonged by the same command with a larger `--kimg`. All random numbers of an
+iteration derive from (seed, iteration): a run that was stopped and started again ends with the weights of an
+uninterrupted one.
+
+The weights kept are averages θ̂ over the iterations t so far, weighted by t^γ (Karras et al. 2024, arXiv 2312.02696,
+section 3.1). Such a profile has a relative width, the standard deviation of its weights in units of the run's length,
+
+    θ̂ ← β θ̂ + (1 − β) θ      β = (1 − 1/t)^(γ+1)      width² = (γ + 1) / ((γ + 2)² (γ + 3))
+
+and several are kept at once, since only their samples tell which is best.
+
+A class-conditional network sees no label, a zero vector, for a part of the images (Ho & Salimans 2022), so that it also
+denoises without one, which guidance needs.
 """
 
 import copy
@@ -19,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +37,14 @@ from tqdm import tqdm
 from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, section
 from models.precond import EDMPrecond
-from torch_utils.checkpoint import read_state, save_network, save_state, usable_state
+from torch_utils.checkpoint import (
+    read_network,
+    read_settings,
+    read_state,
+    save_network,
+    save_state,
+    usable_state,
+)
 from torch_utils.device import (
     PRECISIONS,
     configure_backends,
@@ -37,28 +55,52 @@ from torch_utils.device import (
 )
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.metrics.image_set import ImageDataset
-from torch_utils.random import derive_seed, generator, sample_generators, stacked_randn
+from torch_utils.random import derive_seed, generator, sample_generators, stacked_randint, stacked_randn
+
+from .optimizers import make_optimizer, set_learning_rate
+from .runs import lock
 
 P_MEAN, P_STD = -1.2, 1.2
 GRAD_LIMIT = 1e5
+STATE, TEACHER = "state.pt", "teacher.safetensors"
+#: The widest profile: equal weight for all iterations, γ = 0.
+WIDEST = 12**-0.5
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of a run; all but `kimg`, `decay`, `precision` and `snap_kimg` must stay the same on resuming."""
+    """Settings of a run; all but `kimg`, `decay`, `precision` and `snap_kimg` must stay the same on resuming.
+
+    Attributes:
+        data: path of the images.
+        network: arguments of `EDMPrecond`.
+        kimg, warmup_kimg, snap_kimg: thousands of images.
+        optimizer: `adam` or `muon`.
+        decay: last part of the run, over which the learning rate falls to zero.
+        ema: relative widths of the averages, up to 0.288; the first one is `teacher.safetensors`.
+        label_dropout: probability that an image is seen without its label.
+        transfer: network file whose tensors the run starts from, where name and shape agree.
+    """
 
     data: str
     network: dict[str, Any]
     kimg: float = 2000
     batch: int = 64
+    optimizer: str = "adam"
     lr: float = 2e-3
     warmup_kimg: float = 10
     decay: float = 0.3
-    ema_kimg: float = 50
+    ema: tuple[float, ...] = (0.05,)
+    label_dropout: float = 0.0
+    transfer: str | None = None
     xflip: bool = False
     precision: str = "fp32"
     seed: int = 0
     snap_kimg: float = 50
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON gives them back."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def edm_loss(net: EDMPrecond, images: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
@@ -77,10 +119,15 @@ def learning_rate(config: PretrainConfig, nimg: int) -> float:
     return config.lr * min(warmup, remaining / config.decay if config.decay > 0 else 1.0)
 
 
-def ema_beta(config: PretrainConfig, nimg: int) -> float:
-    """Decay for a half-life of `ema_kimg`, at most a twentieth of what was seen so far."""
-    half_life = min(config.ema_kimg * 1000, 0.05 * nimg)
-    return 0.5 ** (config.batch / max(half_life, 1e-8))
+def profile_exponent(width: float) -> float:
+    """γ of the averaging profile t^γ with this relative width, in (0, 0.288]."""
+    inverse = width**-2
+    return float(max(np.roots([1, 7, 16 - inverse, 12 - inverse]).real))
+
+
+def ema_beta(width: float, iteration: int) -> float:
+    """The part of an average of this relative width that stays at iteration 1, 2, …; nothing at the first."""
+    return (1 - 1 / iteration) ** (profile_exponent(width) + 1)
 
 
 def batch_indices(config: PretrainConfig, count: int, iteration: int) -> Tensor:
@@ -93,21 +140,25 @@ def batch_indices(config: PretrainConfig, count: int, iteration: int) -> Tensor:
 
 
 class Trainer:
-    """State of a run: network, moving average, optimizer, counters."""
+    """State of a run: network, moving averages, optimizer, counters."""
 
     def __init__(self, config: PretrainConfig, device: torch.device, outdir: Path) -> None:
         self.config, self.device, self.outdir = config, device, outdir
         dataset = ImageDataset(config.data)
         self.images = torch.from_numpy(dataset.load_all())
         self.labels = None
-        if config.network["label_dim"]:
-            self.labels = torch.nn.functional.one_hot(torch.from_numpy(dataset.labels), config.network["label_dim"])
+        label_dim = config.network["label_dim"]
+        if label_dim:
+            self.labels = torch.nn.functional.one_hot(torch.from_numpy(dataset.labels), label_dim).float()
         torch.manual_seed(derive_seed(config.seed, 0))
         self.net = EDMPrecond(**config.network).to(device).train()
         self.net.compute_dtype = PRECISIONS[config.precision]
-        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
-        self.iteration, self.seconds, self.skipped = 0, 0.0, 0
+        self.averages = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in config.ema]
+        # The kernels of CPU and CUDA are fused; nothing here leaves steps out.
+        fused = config.optimizer == "muon" and device.type in ("cpu", "cuda")
+        channels = config.network["img_channels"]
+        self.optimizer = make_optimizer(config.optimizer, self.net, config.lr, channels, label_dim, fused)
+        self.iteration, self.seconds = 0, 0.0
 
     @property
     def nimg(self) -> int:
@@ -124,7 +175,10 @@ class Trainer:
             flip = torch.rand(len(images), generator=rng) < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(3), images)
         images = images.to(self.device).float() / 127.5 - 1
-        labels = None if self.labels is None else self.labels[index].to(self.device).float()
+        labels = None if self.labels is None else self.labels[index]
+        if labels is not None and config.label_dropout:
+            labels = labels * (torch.rand([len(labels), 1], generator=rng) >= config.label_dropout)
+        labels = None if labels is None else labels.to(self.device)
 
         self.optimizer.zero_grad(set_to_none=True)
         loss = edm_loss(self.net, images, labels, rng)
@@ -132,37 +186,73 @@ class Trainer:
         for param in self.net.parameters():
             if param.grad is not None:
                 torch.nan_to_num(param.grad, nan=0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.nimg)
+        set_learning_rate(self.optimizer, learning_rate(config, self.nimg))
         self.optimizer.step()
         self.iteration += 1
-        self._update_average()
+        self._update_averages()
         return loss.detach()
 
     @torch.no_grad()
-    def _update_average(self) -> None:
-        beta = ema_beta(self.config, self.nimg)
-        for average, value in zip(self.ema.parameters(), self.net.parameters()):
-            average.lerp_(value, 1 - beta)
+    def _update_averages(self) -> None:
+        values: list[Tensor] = list(self.net.parameters())
+        for width, average in zip(self.config.ema, self.averages):
+            beta = ema_beta(width, self.iteration)
+            averages: list[Tensor] = list(average.parameters())
+            torch._foreach_lerp_(averages, values, 1 - beta)
+
+    def teachers(self) -> Iterator[tuple[Path, float, EDMPrecond]]:
+        """File, relative width and network of each average."""
+        for i, (width, average) in enumerate(zip(self.config.ema, self.averages)):
+            yield self.outdir / (TEACHER if i == 0 else f"teacher-{width:g}.safetensors"), width, average
 
     def save(self) -> None:
-        """Write the training state, the averaged network and a picture of samples."""
+        """Write the averaged networks, a picture of samples, and last the training state.
+
+        A process that is killed on the way leaves a state that the run goes on from, with networks that are newer.
+        """
+        self.save_networks()
         counters = dict(iteration=self.iteration, seconds=self.seconds)
-        modules = dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
-        save_state(self.outdir / "state.pt", {**modules, **counters, "config": asdict(self.config)})
-        settings = {
-            "format": "teacher",
-            "network": {"class": "EDMPrecond", **self.config.network},
-            "training": {**asdict(self.config), "images_seen": self.nimg, "seconds": round(self.seconds)},
-        }
-        save_network(self.outdir / "teacher.safetensors", self.ema.state_dict(), settings)
+        averages = [average.state_dict() for average in self.averages]
+        modules = dict(net=self.net.state_dict(), ema=averages, optimizer=self.optimizer.state_dict())
+        save_state(self.outdir / STATE, {**modules, **counters, "config": self.config.to_json()})
+
+    def save_networks(self) -> None:
+        """Write the averaged networks and a picture of samples of the first."""
+        if not all(p.isfinite().all() for p in self.averages[0].parameters()):
+            raise UserError(
+                f"the weights are not finite after {self.nimg / 1000:g} kimg; use an --lr below {self.config.lr:g}"
+            )
+        for path, width, average in self.teachers():
+            training = {**self.config.to_json(), "images_seen": self.nimg, "seconds": round(self.seconds)}
+            settings = {
+                "format": "teacher",
+                "network": {"class": "EDMPrecond", **self.config.network},
+                "training": {**training, "ema": width},
+            }
+            if self.labels is not None:
+                settings["class_frequencies"] = self.labels.double().mean(0).tolist()
+            save_network(path, average.state_dict(), settings)
         save_picture(draw_grid(square_rows(self.sample(64))), self.outdir / "samples.png")
+
+    def start(self) -> int:
+        """Take what fits from the network that `transfer` names; returns the number of tensors."""
+        if self.config.transfer is None:
+            return 0
+        found, own = read_network(self.config.transfer)[0], self.net.state_dict()
+        fitting = {name: t for name, t in found.items() if name in own and own[name].shape == t.shape}
+        if not fitting:
+            raise UserError(
+                f"--transfer={self.config.transfer} has no tensor in common with this network; use the same --channels"
+            )
+        for net in (self.net, *self.averages):
+            net.load_state_dict(fitting, strict=False)
+        return len(fitting)
 
     def load(self) -> None:
         """Continue from the state in the run directory; refuse a state of other settings."""
-        state = read_state(self.outdir / "state.pt")
+        state = read_state(self.outdir / STATE)
         free = {"kimg", "decay", "snap_kimg", "precision"}
-        mine, saved = asdict(self.config), state.get("config", {})
+        mine, saved = self.config.to_json(), state.get("config", {})
         changed = [
             f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
         ]
@@ -170,42 +260,63 @@ class Trainer:
             raise UserError(
                 f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
             )
-        with usable_state(self.outdir / "state.pt"):
+        with usable_state(self.outdir / STATE):
             self.net.load_state_dict(state["net"])
-            self.ema.load_state_dict(state["ema"])
+            for average, values in zip(self.averages, state["ema"], strict=True):
+                average.load_state_dict(values)
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.seconds = state["iteration"], state["seconds"]
+        if not all(self._is_current(path) for path, _, _ in self.teachers()):
+            self.save_networks()  # lost, damaged, or newer than the state
+
+    def _is_current(self, path: Path) -> bool:
+        try:
+            return read_settings(path)["training"]["images_seen"] == self.nimg
+        except (UserError, KeyError, TypeError):
+            return False
 
     @torch.no_grad()
     def sample(self, count: int) -> Any:
-        """Images of the averaged network for seeds 0 … count−1 by 18-step Heun, uint8 `[N, H, W, C]`."""
+        """Images of the first average for seeds 0 … count−1 by 18-step Heun, uint8 `[N, H, W, C]`."""
         from solvers import get_schedule, get_solver, solve
 
         sigmas = get_schedule("polynomial", 18, 0.002, 80.0)
-        shape = (self.ema.img_channels, self.ema.img_resolution, self.ema.img_resolution)
+        net = self.averages[0]
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
         noise = stacked_randn(sample_generators(range(count)), shape).to(self.device)
         labels = None
         if self.labels is not None:
-            labels = self.labels[torch.arange(count) % len(self.labels)].to(self.device).float()
-        states = solve(get_solver("heun"), lambda x, s: self.ema(x, s, labels), noise * 80.0, sigmas, every=17)
+            # Labels of random images: every class is as frequent as in the data.
+            drawn = [generator(self.config.seed, 4, seed) for seed in range(count)]
+            labels = self.labels[stacked_randint(drawn, len(self.labels))].to(self.device)
+        states = solve(get_solver("heun"), lambda x, s: net(x, s, labels), noise * 80.0, sigmas, every=17)
         return to_uint8(states[-1])
 
 
 def train(config: PretrainConfig, device: torch.device, outdir: Path) -> None:
     """Run or continue a pre-training run in `outdir`."""
     make_folder(outdir, "--outdir")
-    log = Logger(outdir / "log.txt")
-    trainer = Trainer(config, device, outdir)
-    if (outdir / "state.pt").exists():
-        trainer.load()
-        log(f"Continuing at {trainer.nimg / 1000:.1f} kimg")
-    write_text(outdir / "training_options.json", json.dumps(asdict(config), indent=2))
-    size = format_count(sum(p.numel() for p in trainer.net.parameters()))
-    log(f"{len(trainer.images)} images, {size} parameters, {config.precision} on {device}, to {config.kimg:g} kimg")
-    for line in run(trainer):
-        log(line)
-    log(f"Done: {outdir / 'teacher.safetensors'} and {outdir / 'samples.png'}")
-    log.close()
+    held = lock(outdir)
+    if held is None:
+        raise UserError(f"another process trains in {outdir}; wait for it, or use another --outdir")
+    with held:
+        log = Logger(outdir / "log.txt")
+        trainer = Trainer(config, device, outdir)
+        if (outdir / STATE).exists():
+            trainer.load()
+            log(f"Continuing at {trainer.nimg / 1000:.1f} kimg")
+        elif taken := trainer.start():
+            log(f"Starting from {taken} tensors of {config.transfer}, {len(trainer.net.state_dict()) - taken} are new")
+        write_text(outdir / "training_options.json", json.dumps(config.to_json(), indent=2))
+        size = format_count(sum(p.numel() for p in trainer.net.parameters()))
+        log(
+            f"{len(trainer.images)} images, {size} parameters, {config.optimizer}, {config.precision} on {device}, "
+            f"to {config.kimg:g} kimg"
+        )
+        for line in run(trainer):
+            log(line)
+        log(f"Done: {outdir / TEACHER} and {outdir / 'samples.png'}")
+        log.close()
 
 
 def run(trainer: Trainer) -> Iterator[str]:
@@ -250,6 +361,17 @@ def _integers(value: str) -> list[int]:
     return [int(part) for part in value.split(",") if part]
 
 
+def _widths(value: str) -> tuple[float, ...]:
+    """Relative widths of averages from a list in text, each once."""
+    try:
+        widths = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or not all(0.001 <= width <= WIDEST for width in widths) or len(set(widths)) < len(widths):
+        raise UserError(f"--ema={value} is unusable; expected different relative widths from 0.001 to 0.288")
+    return widths
+
+
 @click.command(cls=Command)
 @section("Data and output")
 @click.option("--data", help="Square images of one size: folder or zip", metavar="PATH", required=True)
@@ -259,6 +381,8 @@ def _integers(value: str) -> list[int]:
 @click.option(
     "--cond", help="Train a class-conditional model from the labels of dataset.json", type=bool, default=False
 )
+@click.option("--label_dropout", help="Part of the images that is seen without its label, for guidance",
+              type=click.FloatRange(0, 1), default=0.0)  # fmt: skip
 @click.option("--xflip", help="Mirror half of the images", type=bool, default=False)
 @section("Network")
 @click.option("--channels", help="Width of the first level", type=click.IntRange(min=4), default=32)
@@ -271,12 +395,16 @@ def _integers(value: str) -> list[int]:
     "--kimg", help="Length of the run, thousands of images", type=click.FloatRange(min=0, min_open=True), default=2000
 )
 @click.option("--batch", help="Images in an iteration", type=click.IntRange(min=1), default=64)
+@click.option("--optimizer", help="adam, or muon: Muon for weights between hidden layers, at twice the rate, Adam for "
+              "the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
 @click.option("--lr", help="Learning rate of Adam, after a warm-up of 10 kimg",
               type=click.FloatRange(min=0, min_open=True), default=2e-3)  # fmt: skip
 @click.option(
     "--decay", help="Last part of the run over which the rate falls to zero", type=click.FloatRange(0, 1), default=0.3
 )
-@click.option("--ema", help="Half-life of the averaged weights, kimg", type=click.FloatRange(min=0), default=50)
+@click.option("--ema", help="Relative widths of the averages of the weights, up to 0.288; the first is "
+              "teacher.safetensors", metavar="LIST", default="0.05")  # fmt: skip
+@click.option("--transfer", help="Start from the weights of this network, where names and shapes agree", metavar="FILE")
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
 @section("Machine")
 @precision_option
@@ -300,6 +428,10 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         raise UserError(f"{data} holds images of {height}×{width}; expected square ones, so crop them first")
     if opts["cond"] and not dataset.label_dim:
         raise UserError(f"--cond=True needs labels in dataset.json, {data} has none")
+    if opts["label_dropout"] and not opts["cond"]:
+        raise UserError("--label_dropout is for class-conditional models; add --cond=True")
+    if opts["transfer"] is not None:
+        read_settings(opts["transfer"])  # before anything else is done
     try:
         mult, attn = _integers(opts["mult"]), _integers(opts["attn"])
     except ValueError:
@@ -323,16 +455,19 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         network=network,
         kimg=opts["kimg"],
         batch=opts["batch"],
+        optimizer=opts["optimizer"],
         lr=opts["lr"],
         decay=opts["decay"],
-        ema_kimg=opts["ema"],
+        ema=_widths(opts["ema"]),
+        label_dropout=opts["label_dropout"],
+        transfer=opts["transfer"],
         xflip=opts["xflip"],
         precision=pick_precision(opts["precision"], device),
         seed=opts["seed"],
         snap_kimg=opts["snap"],
     )
     if opts["dry_run"]:
-        plan = {**asdict(config), "images": len(dataset), "device": str(device), "outdir": outdir}
+        plan = {**config.to_json(), "images": len(dataset), "device": str(device), "outdir": outdir}
         click.echo(json.dumps(plan, indent=2))
         return
     train(config, device, Path(outdir))
