@@ -218,10 +218,6 @@ class Trainer:
 
     def save_networks(self) -> None:
         """Write the averaged networks and a picture of samples of the first."""
-        if not all(p.isfinite().all() for p in self.averages[0].parameters()):
-            raise UserError(
-                f"the weights are not finite after {self.nimg / 1000:g} kimg; use an --lr below {self.config.lr:g}"
-            )
         for path, width, average in self.teachers():
             training = {**self.config.to_json(), "images_seen": self.nimg, "seconds": round(self.seconds)}
             settings = {
@@ -333,10 +329,22 @@ def run(trainer: Trainer) -> Iterator[str]:
             if trainer.nimg >= next_snap or trainer.nimg >= total:
                 next_snap += config.snap_kimg * 1000
                 trainer.seconds = before + time.time() - started
-                trainer.save()
-                loss = torch.stack(losses).mean().item()
+                loss = _mean_loss(losses, trainer)
                 losses.clear()
+                trainer.save()
                 yield f"kimg {trainer.nimg / 1000:<9.1f} loss {loss:<8.4f} time {format_duration(trainer.seconds)}"
+
+
+def _mean_loss(losses: list[Tensor], trainer: Trainer) -> float:
+    """Mean of the losses that are finite; most of them are, or the run ends here, before it saves anything."""
+    values = torch.stack(losses)
+    finite = values[values.isfinite()]
+    weights = (p for net in (trainer.net, *trainer.averages) for p in net.parameters())
+    if len(finite) < len(values) / 2 or not all(p.isfinite().all() for p in weights):
+        raise UserError(
+            f"loss or weights are not finite at {trainer.nimg / 1000:g} kimg; use an --lr below {trainer.config.lr:g}"
+        )
+    return finite.mean().item()
 
 
 def check_network(network: dict[str, Any]) -> None:

@@ -19,10 +19,12 @@ from dnnlib import UserError
 from models import load_teacher
 from torch_utils.checkpoint import read_settings
 from torch_utils.metrics.image_set import ImageDataset
-from training.pretrain import PretrainConfig, batch_indices, ema_beta, learning_rate
+from training import pretrain as pretraining
+from training.pretrain import WIDEST, PretrainConfig, batch_indices, ema_beta, learning_rate, profile_exponent
+from training.runs import lock
 
 PRETRAIN = {
-    "channels": 16, "mult": "1,2", "blocks": 1, "attn": "4", "kimg": 0.128, "batch": 8, "lr": 2e-3, "snap": 0.064, "ema": 0.05, "device": "cpu",
+    "channels": 16, "mult": "1,2", "blocks": 1, "attn": "4", "kimg": 0.128, "batch": 8, "lr": 2e-3, "snap": 0.064, "ema": "0.1", "device": "cpu",
     "precision": "fp32",
 }  # fmt: skip
 
@@ -66,7 +68,10 @@ def test_a_run_lowers_its_loss_and_its_teacher_can_be_loaded(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param({}, marks=pytest.mark.slow), {"dropout": 0.2, "xflip": True, "cond": True}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"dropout": 0.2, "xflip": True, "cond": True, "label_dropout": 0.3, "optimizer": "muon", "ema": "0.1,0.2"},
+    ],
     ids=["plain", "all"],
 )
 def test_killed_run_ends_as_an_uninterrupted_one(changes, tmp_path):
@@ -131,8 +136,8 @@ def test_grey_images(tmp_path):
 
 def test_options_change_what_they_should(tmp_path):
     data = write_images(tmp_path / "data", 10)
-    ways = {"base": {}, "again": {}, "seed": {"seed": 1}, "xflip": {"xflip": True}, "dropout": {"dropout": 0.3}, "ema": {"ema": 0},
-            "lr": {"lr": 1e-3}, "bf16": {"precision": "bf16"}}  # fmt: skip
+    ways = {"base": {}, "again": {}, "seed": {"seed": 1}, "xflip": {"xflip": True}, "dropout": {"dropout": 0.3}, "ema": {"ema": "0.2"},
+            "lr": {"lr": 1e-3}, "bf16": {"precision": "bf16"}, "muon": {"optimizer": "muon"}}  # fmt: skip
     found = {}
     for name, changes in ways.items():
         pretrain(data, tmp_path / name, **{"kimg": 0.016, "mult": "1", **changes}).ok()
@@ -142,12 +147,144 @@ def test_options_change_what_they_should(tmp_path):
     assert not any(same(found[a], found[b]) for i, a in enumerate(names) for b in names[i + 1 :])
 
 
-def test_learning_rate_and_average():
-    config = PretrainConfig("x", {}, kimg=100, batch=10, lr=1e-3, warmup_kimg=10, decay=0.4, ema_kimg=2)
+def test_learning_rate():
+    config = PretrainConfig("x", {}, kimg=100, batch=10, lr=1e-3, warmup_kimg=10, decay=0.4)
     expected = {0: 0, 5000: 0.5e-3, 10_000: 1e-3, 60_000: 1e-3, 80_000: 0.5e-3, 90_000: 0.25e-3, 100_000: 0}
     assert {n: learning_rate(config, n) for n in expected} == pytest.approx(expected)
     assert learning_rate(replace(config, decay=0), 99_999) == 1e-3
-    assert ema_beta(config, 100_000) == 0.5 ** (10 / 2000) and ema_beta(config, 1000) == 0.5 ** (10 / 50)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.25, WIDEST])
+def test_averages_are_power_functions_of_the_stated_width(width):
+    """Weights of the iterations in the average that the recursion ends with: their mean and spread, and t^γ itself."""
+    steps, gamma = 4000, profile_exponent(width)
+    betas = np.array([ema_beta(width, t) for t in range(1, steps + 1)])
+    weights = (1 - betas) * np.append(np.cumprod(betas[:0:-1])[::-1], 1)
+    times = np.arange(1, steps + 1) / steps
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    mean = (weights * times).sum()
+    assert ((weights * (times - mean) ** 2).sum()) ** 0.5 == pytest.approx(width, rel=2e-2)
+    assert weights[steps // 2] / weights[-1] == pytest.approx(0.5**gamma, rel=2e-2)
+    assert ema_beta(width, 1) == 0  # the weights of the start count nothing
+
+
+def test_several_averages_are_kept(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", ema="0.1,0.25").ok()
+    pretrain(data, tmp_path / "other", ema="0.25").ok()
+    names = ["teacher.safetensors", "teacher-0.25.safetensors"]
+    assert [read_settings(tmp_path / "run" / name)["training"]["ema"] for name in names] == [0.1, 0.25]
+    first, second = (weights(tmp_path / "run" / name) for name in names)
+    assert not same(first, second) and same(second, weights(tmp_path / "other" / "teacher.safetensors"))
+    for bad in ("", "0", "0.3", "nan", "a", "0.1,0.1", "-1", "0.1,"):
+        pretrain(data, tmp_path / "bad", ema=bad).refused(r"--ema=.* relative widths")
+    assert not (tmp_path / "bad").exists()
+
+
+# --- Classes ---------------------------------------------------------------------------------------------------------
+
+
+def seen_labels(data, tmp_path, monkeypatch, **changes):
+    """The labels that a run's network was given, of all iterations."""
+    seen, plain = [], pretraining.edm_loss
+
+    def loss(net, images, labels, rng):
+        seen.append(labels)
+        return plain(net, images, labels, rng)
+
+    monkeypatch.setattr(pretraining, "edm_loss", loss)
+    pretrain(data, tmp_path / "run", cond=True, mult="1", **changes).ok()
+    return torch.cat(seen)
+
+
+def test_labels_are_dropped_as_often_as_asked(tmp_path, monkeypatch):
+    data = labelled(tmp_path / "data", 10)
+    seen = seen_labels(data, tmp_path, monkeypatch, kimg=0.4, label_dropout=0.25)
+    dropped = seen.sum(1) == 0
+    assert ((seen == 0) | (seen == 1)).all() and (seen.sum(1) <= 1).all()
+    assert 0.25 * 400 - 4 * 9 < dropped.sum() < 0.25 * 400 + 4 * 9
+    settings = read_settings(tmp_path / "run" / "teacher.safetensors")
+    assert settings["training"]["label_dropout"] == 0.25 and settings["network"].get("label_dropout", 0) == 0
+    monkeypatch.undo()
+    (tmp_path / "kept").mkdir()
+    assert (seen_labels(data, tmp_path / "kept", monkeypatch, kimg=0.08).sum(1) == 1).all()
+    pretrain(data, tmp_path / "bad", label_dropout=0.1).refused(r"--label_dropout .* add --cond=True")
+
+
+def test_class_frequencies_are_recorded(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    labels = [[f"{i:04d}.png", 2 * (i >= 6) + (i == 9)] for i in range(10)]
+    (data / "dataset.json").write_text(json.dumps({"labels": labels, "class_names": list("abcd")}))
+    pretrain(data, tmp_path / "run", kimg=0.016, cond=True).ok()
+    found = read_settings(tmp_path / "run" / "teacher.safetensors")["class_frequencies"]
+    assert found == pytest.approx([0.6, 0, 0.3, 0.1])
+    pretrain(data, tmp_path / "without", kimg=0.016).ok()
+    assert "class_frequencies" not in read_settings(tmp_path / "without" / "teacher.safetensors")
+
+
+# --- Where a run starts, and what a kill leaves ----------------------------------------------------------------------
+
+
+def test_transfer_starts_from_what_fits(tmp_path):
+    data = labelled(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "first", kimg=0.064, lr=1e-2).ok()
+    source = tmp_path / "first" / "teacher.safetensors"
+    # A rate that moves nothing shows what the run began with.
+    result = pretrain(data, tmp_path / "second", transfer=source, cond=True, kimg=0.008, lr=1e-30).ok()
+    old, new = weights(source), weights(tmp_path / "second" / "teacher.safetensors")
+    own = new.keys() - old.keys()
+    assert own == {"model.map_label.weight", "model.map_label.bias"}
+    assert f"Starting from {len(old)} tensors" in result.output and "2 are new" in result.output
+    assert same(old, {name: tensor for name, tensor in new.items() if name not in own})
+    wider = pretrain(data, tmp_path / "wider", transfer=source, mult="1,3", kimg=0.008).ok().output
+    assert 0 < int(re.search(r"from (\d+) tensors", wider)[1]) < len(old)
+    pretrain(data, tmp_path / "bad", transfer=tmp_path / "none").refused(r"none does not exist")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("lost", ["missing", "stale", "damaged"])
+def test_a_finished_run_has_its_teacher_again(lost, tmp_path):
+    """A kill between the files of a snapshot, or a full disk, must not leave another teacher for ever."""
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", kimg=0.032).ok()
+    path = tmp_path / "run" / "teacher.safetensors"
+    stale, picture = path.read_bytes(), tmp_path / "run" / "samples.png"
+    pretrain(data, tmp_path / "run", kimg=0.064, decay=0).ok()
+    expected = weights(path)
+    if lost == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(stale if lost == "stale" else stale[:100])
+    picture.unlink()
+    pretrain(data, tmp_path / "run", kimg=0.064, decay=0).ok()
+    assert same(weights(path), expected) and picture.exists()
+
+
+def test_networks_are_written_before_the_state(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", kimg=0.064).ok()
+    args = flags(PRETRAIN, {"data": data, "outdir": tmp_path / "killed"}, kimg=0.064)
+    killed = run_ranks("training.pretrain", args, tmp_path, kill=("training.pretrain:save_state", 1))
+    assert killed.code == -signal.SIGKILL, killed.output
+    assert (tmp_path / "killed" / "teacher.safetensors").exists() and not (tmp_path / "killed" / "state.pt").exists()
+    pretrain(data, tmp_path / "killed", kimg=0.064).ok()
+    assert same(weights(tmp_path / "run" / "teacher.safetensors"), weights(tmp_path / "killed" / "teacher.safetensors"))
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        pretrain(data, tmp_path / "run", kimg=0.016).refused(r"another process trains in .*run; .*another --outdir")
+    pretrain(data, tmp_path / "run", kimg=0.016).ok()
+
+
+def test_weights_that_are_not_finite_end_a_run(tmp_path):
+    data = write_images(tmp_path / "data", 10)
+    pretrain(data, tmp_path / "run", kimg=0.064, lr=1e38).refused(
+        r"loss or weights are not finite .* --lr below 1e\+38"
+    )
+    assert not (tmp_path / "run" / "teacher.safetensors").exists() and not (tmp_path / "run" / "state.pt").exists()
 
 
 def test_every_image_is_seen_once_in_an_epoch():
