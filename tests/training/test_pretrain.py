@@ -426,7 +426,7 @@ def test_damaged_archives_are_refused(method, tmp_path):
             ImageDataset(path).load_all()
             outcomes.add("read")
         except UserError as error:
-            assert str(path) in error.format_message() and "\n" not in error.format_message()
+            assert str(path) in error.message and "\n" not in error.message
             outcomes.add("refused")
     assert "refused" in outcomes
 
