@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Presets: `bash launch.sh` lists them, `bash launch.sh NAME [extra flags…]` runs one; with --dry-run it says what would
-# run, and what that takes, and installs nothing.
+# Environment and processes for the presets of training/presets.yaml: `bash launch.sh` lists them, `bash launch.sh NAME
+# [extra flags…]` runs one; with --dry-run it says what would run, and what that takes, and installs nothing.
 #
 # `bash launch.sh arguments NAME` prints the arguments of train.py that a preset stands for.
 #
@@ -11,63 +11,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 NNODES=${NNODES:-1} RESTARTS=${MAX_RESTARTS:-0} DRY_RUN=
-
-# --- Presets ---------------------------------------------------------------------------------------------------------
-# A data set is one row: name | arguments of train.py | kimg for NFE 2-5, for SFD-v, for the second stage | FID for NFE 2,
-# 3, 4, 5 | FID of SFD-v for NFE 2-5 | FID of the second stage | A100 hours for NFE 2, 3, 4, 5, for SFD-v, for the second
-# stage and what it starts from | samples at a time that 24 GB hold. Presets are NAME (2 NFE), NAME-3nfe, NAME-4nfe,
-# NAME-5nfe, NAME-v (SFD-v) and NAME-1nfe (second stage; add --model_path=RUN of a 5nfe or v model).
-#
-# FIDs and hours are published ones (arXiv 2409.19681, 50k images), "-" where none was published. cifar10 and cifar10-v
-# are the commands of the published code, which recommends them for all EDM models. The lengths of second stages, and all
-# of the latent models and of LSUN in pixels, are ours: the schedule that these models were trained with (discrete, rho 1)
-# or EDM's, and a lower learning rate, for the networks are larger. The samples that 24 GB hold are estimated
-# (training/cost.py, fp16), with room for what is not counted; "?" for ms_coco, of which weights, gradients and moments
-# alone take 19 GiB, and text encoder and first stage come on top.
-
-SFD="--M=3 --afs=True --sampler_tea=dpmpp --max_order=3 --predict_x0=True --lower_order_final=True"
-# One GPU takes every preset: what does not fit at once is accumulated.
-EDM="--batch=128 --batch-gpu=auto --lr=5e-5 $SFD --schedule_type=polynomial --schedule_rho=7"
-LATENT="--batch=128 --batch-gpu=auto --lr=1e-5 $SFD --schedule_type=discrete --schedule_rho=1"
-
-families() {
-  cat <<TABLE
-emoji32          | --batch=16 --lr=4e-4 --lr_schedule=linear --dropout=0 --tick=1 --snap=5 --dump=5 $SFD --denoise_to_zero=True --schedule_type=polynomial --schedule_rho=3 | 100 24 10 | - - - - | - | - | - - - - - - | all
-cifar10          | $EDM                                             | 200 800 400 | 4.53 3.58 3.24 3.06  | 4.28/3.50/3.18/2.95 | 5.83 | 0.64 0.92 1.17 1.42 4.26 4.88 | 64
-imagenet64       | $EDM                                             | 200 800 400 | 10.25 6.35 4.99 4.33 | 9.47/5.78/4.72/4.21 | 12.89 | - - - - - - | 8
-ffhq             | $EDM                                             | 200 800 400 | - - - -              | -                   | - | - - - - - - | 64
-afhqv2           | $EDM                                             | 200 800 400 | - - - -              | -                   | - | - - - - - - | 64
-lsun_bedroom     | $EDM --lr=1e-5 --gradient_checkpointing=True     | 200 800 400 | - - - -              | -                   | - | - - - - - - | 4
-lsun_bedroom_ldm | $LATENT                                          | 200 800 400 | - - - -              | -                   | - | - - - - - - | 8
-ffhq_ldm         | $LATENT                                          | 200 800 400 | - - - -              | -                   | - | - - - - - - | 8
-ms_coco          | $LATENT --gradient_checkpointing=True            | 100 400 200 | - - - -              | -                   | - | - - - - - - | ?
-TABLE
-}
-
-# Lines of "preset | arguments | what it gives | FID | A100 hours | samples that 24 GB hold".
-presets() {
-  local name arguments kimg fids variable second costs held
-  local one every last nfe suffix
-  local -a fid hours
-  while IFS='|' read -r name arguments kimg fids variable second costs held; do
-    name=${name// /} variable=${variable// /} second=${second// /} held=${held// /}
-    read -r one every last <<<"$kimg"
-    read -ra fid <<<"$fids"
-    read -ra hours <<<"$costs"
-    arguments="--dataset_name=$name $arguments"
-    for nfe in 2 3 4 5; do
-      suffix=$([[ $nfe = 2 ]] || echo "-${nfe}nfe")
-      echo "$name$suffix | $arguments --total_kimg=$one --num_steps=$((nfe + 2)) --use_step_condition=False" \
-        "--is_second_stage=False | NFE $nfe | ${fid[nfe - 2]} | ${hours[nfe - 2]} | $held"
-    done
-    echo "$name-v | $arguments --total_kimg=$every --num_steps=4 --use_step_condition=True --is_second_stage=False" \
-      "| NFE 2-5 (SFD-v) | $variable | ${hours[4]} | $held"
-    # Later flags win: the second stage inserts 2 timestamps, and its teacher ends without noise already; emoji32 needs no
-    # download, so it goes without LPIPS.
-    echo "$name-1nfe | $arguments --total_kimg=$last --num_steps=3 --M=2 --is_second_stage=True --denoise_to_zero=False$(
-      [[ $name = emoji32 ]] && echo " --lpips=off") | NFE 1, --model_path=RUN | $second | ${hours[5]} | $held"
-  done < <(families)
-}
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
@@ -96,16 +39,21 @@ check_nodes() {
     fail "NNODES=$NNODES needs RDZV_ENDPOINT=host:port of one of the machines, the same on all of them"
 }
 
-# Sets PYTHON to that of the active environment, else of a .venv made here, with the packages of $1 installed.
+# Sets PYTHON to that of the active environment, else of the .venv made here, else of the system.
+find_python() {
+  PYTHON=python3
+  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
+  [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] || PYTHON=python
+}
+
+# Installs the packages of $1, into a .venv made here if no environment is active.
 prepare() {
   check_nodes
-  PYTHON=.venv/bin/python
-  [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] || PYTHON=python
   if [[ $NNODES != 1 ]]; then  # they may share the environment, so none of them changes it
     [[ -n $DRY_RUN ]] || has_packages ||
       fail "$PYTHON lacks packages, and with NNODES nothing is installed; pip install -r $1 beforehand"
   else
-    [[ $PYTHON = python || -x $PYTHON ]] || make_environment
+    [[ $PYTHON != python3 ]] || make_environment
     install -r "$1"
   fi
 }
@@ -113,6 +61,7 @@ prepare() {
 make_environment() {
   say "Making a virtual environment in .venv"
   [[ -n $DRY_RUN ]] || python3 -m venv .venv
+  PYTHON=.venv/bin/python
 }
 
 install() {
@@ -171,17 +120,10 @@ estimate() {
   fi
 }
 
-row() { printf '  %-21s  %-25s  %-19s  %-10s  %s\n' "$@"; }
-
 list() {
   echo "usage: bash launch.sh NAME [extra flags…]      (--dry-run says what would run; NPROC=… sets the processes)"
   echo
-  row preset gives "FID" "A100 hours" "24 GB hold"
-  row quickstart "NFE 2, in minutes" - - all
-  presets | while IFS='|' read -r name _ gives fid hours held; do
-    row "${name// /}" "$(trim "$gives")" "${fid// /}" "${hours// /}" "${held// /}"
-  done
-  row test "runs the tests" - - -
+  presets
   cat <<'END'
 
 quickstart installs, distils the embedded teacher, samples and compares: 7 minutes on two CPU cores. emoji32 took 112
@@ -192,11 +134,8 @@ of ms_coco. `test --slow` runs all tests.
 END
 }
 
-trim() {
-  local text
-  read -r text <<<"$1"
-  echo "$text"
-}
+# The list, or what a preset stands for; needs no packages.
+presets() { "$PYTHON" -m training.presets "$@"; }
 
 # --- Commands --------------------------------------------------------------------------------------------------------
 
@@ -206,9 +145,7 @@ quickstart() {
   take_dry_run "$@"
   say "Quickstart: distil the embedded emoji teacher to 2 network evaluations per image, then compare both"
   prepare requirements-eval.txt
-  # shellcheck disable=SC2046  # the arguments of a preset are words
-  set -- train.py $(arguments_of emoji32) --total_kimg=2.5 --tick=0.5 --snap=5 --dump=1 --outdir="$out" --nosubdir \
-    ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+  set -- train.py --preset=quickstart --outdir="$out" --nosubdir ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
   run "$@"
   [[ -z $DRY_RUN ]] || estimate "$@"
   run sample.py --model_path="$out" --seeds=0-63 --grid=True --outdir="$out"
@@ -238,29 +175,24 @@ run_tests() {
   [[ -n $DRY_RUN ]] || "$@"
 }
 
-arguments_of() {
-  presets | awk -F'|' -v name="$1" '{ key = $1; gsub(/ /, "", key); if (key == name) print $2 }'
-}
-
 train_preset() {
-  local name=$1 arguments; shift
-  arguments=$(arguments_of "$name")
-  [[ -n $arguments ]] || fail "there is no preset '$name'; run 'bash launch.sh' for the list"
+  local name=$1; shift
+  presets arguments "$name" >/dev/null
   take_dry_run "$@"
   prepare requirements.txt
   [[ $name != *_ldm* ]] || install_alone $TAMING einops
-  # shellcheck disable=SC2086  # the arguments of a preset are words
-  set -- train.py $arguments ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+  set -- train.py --preset="$name" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
   plan "$@"
   if [[ -n $DRY_RUN ]]; then estimate "$@"; else
     exec "${COMMAND[@]}"  # so that signals reach it, and its exit code whoever started this
   fi
 }
 
+find_python
 case "${1:-}" in
   "" | -h | --help) list ;;
   quickstart) shift; quickstart "$@" ;;
   test) shift; run_tests "$@" ;;
-  arguments) arguments_of "${2:?usage: bash launch.sh arguments NAME}" ;;
+  arguments) presets arguments "${2:?usage: bash launch.sh arguments NAME}" ;;
   *) train_preset "$@" ;;
 esac

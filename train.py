@@ -18,6 +18,7 @@ from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, teacher_name
 from training.cost import estimate
 from training.loggers import LOGGERS, need_logger
+from training.presets import find_preset
 from training.runs import Intervals
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -35,8 +36,24 @@ class MicroBatch(click.IntRange):
         return value if value == "auto" else super().convert(value, param, context)
 
 
+def take_preset(context: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    """Let a preset's flags be the defaults of this command line."""
+    if name is None:
+        return None
+    try:
+        flags = find_preset(name).flags
+    except LookupError as error:
+        raise click.BadParameter(error.args[0], context, param) from None
+    names = {option.lstrip("-"): param.name for param in context.command.params for option in param.opts}
+    context.default_map = {names[flag]: value for flag, value in flags.items()}
+    return name
+
+
 @click.command(cls=Command)
 @section("Teacher and output")
+@click.option("--preset", help="Flags of training/presets.yaml, which those of the command line override; `python -m "
+              "training.presets` lists them", metavar="NAME", is_eager=True, callback=take_preset,
+              expose_value=False)  # fmt: skip
 @click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
 @click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
               "else: a teacher of your own", metavar="PATH")  # fmt: skip
@@ -111,6 +128,7 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
 
     \b
     Examples:
+      python train.py --preset=emoji32
       python train.py --dataset_name=emoji32 --total_kimg=4 --batch=64 --lr=3e-4
       torchrun --standalone --nproc_per_node=4 train.py --dataset_name=cifar10
       python train.py --model_path=teachers/mine/teacher.safetensors --total_kimg=20 --batch=64 --lr=3e-4
