@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dnnlib import UserError, sha256_of
-from solvers import Solver, count_evaluations, get_schedule, get_solver, solve
+from solvers import Callback, Solver, count_evaluations, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
@@ -57,10 +57,10 @@ class Sampler:
         return (evaluations + self.denoise_to_zero) * (1 if self.guidance_rate == 1 else 2)
 
     @torch.no_grad()
-    def run(self, x: Tensor, given: Tensor | None) -> Tensor:
-        """Final states `[B, C, H, W]` from `x` at σ_max; `given` are labels or text conditions."""
+    def run(self, x: Tensor, given: Tensor | None, callback: Callback | None = None) -> Tensor:
+        """Final states `[B, C, H, W]` from `x` at σ_max; `given` are labels or text conditions; see `solve`."""
         denoise = self.model.denoiser(given, self.guidance_rate, self.step_condition)
-        x = solve(self.solver, denoise, x, self.sigmas, self.afs, every=len(self.sigmas) - 1)[-1]
+        x = solve(self.solver, denoise, x, self.sigmas, self.afs, len(self.sigmas) - 1, callback)[-1]
         return denoise(x, x.new_full((), float(self.sigmas[-1]))) if self.denoise_to_zero else x
 
     def images(self, seeds: Sequence[int], class_index: int | None = None) -> np.ndarray:

@@ -14,14 +14,14 @@ takes three things, made apart from each other:
 The package imports torch and the standard library alone.
 """
 
-from .driver import Denoiser, analytical_first_step, count_evaluations, solve
+from .driver import Callback, Denoiser, analytical_first_step, count_evaluations, solve
 from .schedules import SCHEDULES, NoiseSchedule, get_schedule
-from .steppers import MAX_ORDERS, SOLVERS, Solver, get_solver
+from .steppers import SOLVERS, Solver, get_solver
 
 __all__ = [
-    "MAX_ORDERS",
     "SCHEDULES",
     "SOLVERS",
+    "Callback",
     "Denoiser",
     "NoiseSchedule",
     "Solver",

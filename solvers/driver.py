@@ -6,21 +6,28 @@ sampling, over all of the student's.
 
 The analytical first step (AFS, from GENIE, arXiv 2210.05475) stands for the first evaluation of a run. For large
 sigma a state is almost pure noise, so the state itself, scaled to unit variance (that of the data taken as 1),
-predicts the noise: the direction x / sqrt(1 + sigma^2), which needs no network. It is expressed as a denoiser, so no
-solver knows of it.
+predicts the noise: the direction x / sqrt(1 + sigma^2), which needs no network. It stands for what the denoiser gives,
+so no solver knows of it.
 """
 
 import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from .steppers import Past, Solver
+from .steppers import History, Solver
 
 #: Noisy x [batch, ...] and noise level (0-d tensor of x's dtype, on x's device) to clean x [batch, ...].
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Callback(Protocol):
+    """What `solve` calls in each step; samplers of k-diffusion tell the same."""
+
+    def __call__(self, *, x: torch.Tensor, i: int, sigma: float, denoised: torch.Tensor) -> object: ...
 
 
 def solve(
@@ -30,6 +37,7 @@ def solve(
     sigmas: torch.Tensor | Sequence[float],
     afs: bool = False,
     every: int = 1,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """Integrate dx/dsigma = (x - D(x; sigma)) / sigma along the given noise levels.
 
@@ -44,6 +52,7 @@ def solve(
             solver with two evaluations per step, call the denoiser.
         every: keep the states 0, every, 2 every, ... only; must divide N - 1. M + 1 keeps, of a teacher with M
             inserted timestamps, the states at the student's.
+        callback: called in step i with the state x at noise level `sigma` that it starts from, and D(x; sigma).
 
     Returns:
         States [(N-1)/every + 1, *x.shape] in x's dtype, the first being x.
@@ -54,35 +63,27 @@ def solve(
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     _check(x, sigmas, every)
     times = sigmas.tolist()
-    if afs:
-        denoise = analytical_first_step(denoise)
-    # Filled in place of copied: a fill takes its value with the launch, so the host never waits for the device.
-    nodes = {s: x.new_full((), s) for pair in itertools.pairwise(times) for s in solver.nodes(*pair)}
 
     def evaluate(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return denoise(x, nodes[sigma]).to(x.dtype)
+        # Filled, not copied: a fill takes its value with the launch, so the host never waits for the device.
+        return denoise(x, x.new_full((), sigma)).to(x.dtype)
 
-    past: Past = deque(maxlen=solver.lookback)
+    history: History = deque(maxlen=solver.history)
     states = [x]
-    for i in range(1, len(times)):
-        x = solver.step(evaluate, x, times[i - 1 :], past)
-        if i % every == 0:
+    for i, sigma in enumerate(times[:-1]):
+        denoised = analytical_first_step(x, sigma) if afs and i == 0 else evaluate(x, sigma)
+        if callback is not None:
+            callback(x=x, i=i, sigma=sigma, denoised=denoised)
+        x = solver.step(x, denoised, times[i:], history, evaluate)
+        if (i + 1) % every == 0:
             states.append(x)
     return torch.stack(states)
 
 
-def analytical_first_step(denoise: Denoiser) -> Denoiser:
-    """The denoiser, with its first call replaced by D = x - sigma x / sqrt(1 + sigma^2)."""
-    pending = True
-
-    def first_analytical(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        nonlocal pending
-        if not pending:
-            return denoise(x, sigma)
-        pending = False
-        return x - sigma * x / torch.sqrt(1 + sigma**2)
-
-    return first_analytical
+def analytical_first_step(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """D = x - sigma x / sqrt(1 + sigma^2), what AFS takes for the denoiser at the highest noise level."""
+    level = x.new_full((), sigma)
+    return x - level * x / torch.sqrt(1 + level**2)
 
 
 def count_evaluations(solver: Solver, num_steps: int, afs: bool = False) -> int:

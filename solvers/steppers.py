@@ -20,21 +20,16 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-
-SOLVERS = ("euler", "heun", "dpm", "ipndm", "dpmpp")
-
-#: Highest (and default) max_order of the solvers that have one.
-MAX_ORDERS = {"ipndm": 4, "dpmpp": 3}
 
 #: The denoiser as a solver sees it: state and noise level to clean x.
 Evaluate = Callable[[torch.Tensor, float], torch.Tensor]
 
 #: What earlier steps of a run predicted, newest first, each with its noise level.
-Past = deque[tuple[float, torch.Tensor]]
+History = deque[tuple[float, torch.Tensor]]
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -46,58 +41,7 @@ ADAMS_BASHFORTH = (
 THRESHOLD_QUANTILE = 0.995
 
 
-def get_solver(
-    name: str,
-    max_order: int | None = None,
-    predict_x0: bool = True,
-    lower_order_final: bool = True,
-    thresholding: bool = False,
-) -> "Solver":
-    """Make a solver.
-
-    Args:
-        name: one of SOLVERS.
-        max_order: highest order of a multistep solver, 1 to 4 for ipndm and 1 to 3 for dpmpp; None takes the highest.
-            The others have one fixed order and ignore it, so that one set of options serves every solver.
-        predict_x0: dpmpp works on predictions of the data (True) or of the noise (False); others ignore it.
-        lower_order_final: dpmpp lowers its order in the last steps; others ignore it.
-        thresholding: dpmpp with predict_x0 clips and rescales each prediction, see `threshold`. Meant for data in
-            [-1, 1], not for latents.
-
-    Raises:
-        ValueError: unknown name, max_order out of range, or thresholding asked of a solver that has none.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: use one of {', '.join(SOLVERS)}")
-    if thresholding and not (name == "dpmpp" and predict_x0):
-        raise ValueError(
-            f"thresholding needs solver dpmpp with predict_x0=True, got {name} with predict_x0={predict_x0}: "
-            "turn thresholding off or change the solver"
-        )
-    match name:
-        case "euler":
-            return Euler()
-        case "heun":
-            return TwoStage(ratio=1.0)
-        case "dpm":
-            return TwoStage(ratio=0.5)
-        case "ipndm":
-            return IPNDM(_multistep_order(name, max_order))
-    return DPMPP(_multistep_order(name, max_order), predict_x0, lower_order_final, thresholding)
-
-
-def _multistep_order(name: str, max_order: int | None) -> int:
-    highest = MAX_ORDERS[name]
-    if max_order is None:
-        return highest
-    if not isinstance(max_order, int) or not 1 <= max_order <= highest:
-        raise ValueError(
-            f"max_order of {name} must be a whole number from 1 to {highest}, got {max_order!r}: "
-            f"choose one of these, or leave it out for {highest}"
-        )
-    return max_order
-
-
+@dataclass(frozen=True)
 class Solver(ABC):
     """One step of the ODE dx/dsigma = (x - D(x; sigma)) / sigma."""
 
@@ -105,23 +49,22 @@ class Solver(ABC):
     evaluations: ClassVar[int] = 1
 
     @property
-    def lookback(self) -> int:
+    def history(self) -> int:
         """How many predictions of earlier steps a step may use."""
         return 0
 
-    def nodes(self, sigma: float, sigma_next: float) -> tuple[float, ...]:
-        """Noise levels at which the step from sigma to sigma_next evaluates the denoiser."""
-        return (sigma,)
-
     @abstractmethod
-    def step(self, evaluate: Evaluate, x: torch.Tensor, sigmas: Sequence[float], past: Past) -> torch.Tensor:
+    def step(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
+    ) -> torch.Tensor:
         """Advance x from sigmas[0] to sigmas[1].
 
         Args:
-            evaluate: the denoiser; called at `nodes(sigmas[0], sigmas[1])`.
             x: state at sigmas[0], [batch, ...], float32 or float64.
+            denoised: D(x; sigmas[0]), of x's shape and dtype.
             sigmas: the current noise level, the next one, and all that follow to the end of the run.
-            past: predictions of the run so far, at most `lookback` of them; the step adds its own.
+            history: newest predictions of the run so far, at most `history` of them; the step adds its own.
+            evaluate: the denoiser, for what a step evaluates besides.
 
         Returns:
             State at sigmas[1], a new tensor of x's shape and dtype.
@@ -137,9 +80,11 @@ def direction(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Te
 class Euler(Solver):
     """x + (t - s) d(x, s): first order."""
 
-    def step(self, evaluate: Evaluate, x: torch.Tensor, sigmas: Sequence[float], past: Past) -> torch.Tensor:
+    def step(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
+    ) -> torch.Tensor:
         sigma, sigma_next = sigmas[:2]
-        return x + (sigma_next - sigma) * direction(x, evaluate(x, sigma), sigma)
+        return x + (sigma_next - sigma) * direction(x, denoised, sigma)
 
 
 @dataclass(frozen=True)
@@ -153,16 +98,16 @@ class TwoStage(Solver):
     ratio: float
     evaluations: ClassVar[int] = 2
 
-    def nodes(self, sigma: float, sigma_next: float) -> tuple[float, ...]:
-        return sigma, sigma ** (1 - self.ratio) * sigma_next**self.ratio
-
-    def step(self, evaluate: Evaluate, x: torch.Tensor, sigmas: Sequence[float], past: Past) -> torch.Tensor:
-        sigma, middle = self.nodes(*sigmas[:2])
-        first = direction(x, evaluate(x, sigma), sigma)
+    def step(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
+    ) -> torch.Tensor:
+        sigma, sigma_next = sigmas[:2]
+        middle = sigma ** (1 - self.ratio) * sigma_next**self.ratio
+        first = direction(x, denoised, sigma)
         x_middle = x + (middle - sigma) * first
         second = direction(x_middle, evaluate(x_middle, middle), middle)
         weight = 1 / (2 * self.ratio)
-        return x + (sigmas[1] - sigma) * ((1 - weight) * first + weight * second)
+        return x + (sigma_next - sigma) * ((1 - weight) * first + weight * second)
 
 
 @dataclass(frozen=True)
@@ -172,7 +117,7 @@ class Multistep(Solver):
     max_order: int
 
     @property
-    def lookback(self) -> int:
+    def history(self) -> int:
         return self.max_order - 1
 
     @abstractmethod
@@ -183,10 +128,12 @@ class Multistep(Solver):
     def coefficients(self, known: Sequence[float], sigmas: Sequence[float]) -> tuple[float, Sequence[float]]:
         """`keep` and the weights, newest first, given the noise levels of all known predictions, newest first."""
 
-    def step(self, evaluate: Evaluate, x: torch.Tensor, sigmas: Sequence[float], past: Past) -> torch.Tensor:
-        newest = (sigmas[0], self.predict(x, evaluate(x, sigmas[0]), sigmas[0]))
-        recent = [newest, *past]
-        past.appendleft(newest)
+    def step(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
+    ) -> torch.Tensor:
+        newest = (sigmas[0], self.predict(x, denoised, sigmas[0]))
+        recent = [newest, *history]
+        history.appendleft(newest)
         keep, weights = self.coefficients([sigma for sigma, _ in recent], sigmas)
         # Small terms first: the state can be a hundred times larger than its change.
         change = weights[0] * newest[1]
@@ -281,3 +228,59 @@ def threshold(denoised: torch.Tensor) -> torch.Tensor:
     lower, upper = largest[:, -1], largest[:, -2:][:, 0]
     limit = torch.lerp(lower, upper, rank - below).clamp(min=1).view(-1, *[1] * (denoised.ndim - 1))
     return denoised.clamp(-limit, limit) / limit
+
+
+#: Each solver with its defaults, the highest order among them.
+SOLVERS: dict[str, Solver] = {
+    "euler": Euler(),
+    "heun": TwoStage(ratio=1.0),
+    "dpm": TwoStage(ratio=0.5),
+    "ipndm": IPNDM(max_order=4),
+    "dpmpp": DPMPP(max_order=3),
+}
+
+
+def get_solver(
+    name: str,
+    max_order: int | None = None,
+    predict_x0: bool = True,
+    lower_order_final: bool = True,
+    thresholding: bool = False,
+) -> Solver:
+    """Make a solver.
+
+    Args:
+        name: one of SOLVERS.
+        max_order: highest order of a multistep solver, 1 to 4 for ipndm and 1 to 3 for dpmpp; None takes the highest.
+            The others have one fixed order and ignore it, so that one set of options serves every solver.
+        predict_x0: dpmpp works on predictions of the data (True) or of the noise (False); others ignore it.
+        lower_order_final: dpmpp lowers its order in the last steps; others ignore it.
+        thresholding: dpmpp with predict_x0 clips and rescales each prediction, see `threshold`. Meant for data in
+            [-1, 1], not for latents.
+
+    Raises:
+        ValueError: unknown name, max_order out of range, or thresholding asked of a solver that has none.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: use one of {', '.join(SOLVERS)}")
+    if thresholding and not (name == "dpmpp" and predict_x0):
+        raise ValueError(
+            f"thresholding needs solver dpmpp with predict_x0=True, got {name} with predict_x0={predict_x0}: "
+            "turn thresholding off or change the solver"
+        )
+    solver = SOLVERS[name]
+    options: dict[str, Any] = dict(
+        predict_x0=predict_x0, lower_order_final=lower_order_final, thresholding=thresholding
+    )
+    if isinstance(solver, Multistep) and max_order is not None:
+        options["max_order"] = _check_order(name, max_order, solver.max_order)
+    return replace(solver, **{key: value for key, value in options.items() if hasattr(solver, key)})
+
+
+def _check_order(name: str, max_order: int, highest: int) -> int:
+    if not isinstance(max_order, int) or not 1 <= max_order <= highest:
+        raise ValueError(
+            f"max_order of {name} must be a whole number from 1 to {highest}, got {max_order!r}: "
+            f"choose one of these, or leave it out for {highest}"
+        )
+    return max_order

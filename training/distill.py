@@ -26,7 +26,7 @@ from dnnlib import UserError
 from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
 from models.model import DiffusionModel, SamplingSettings, Student
-from solvers import Denoiser, get_schedule, get_solver, solve
+from solvers import Callback, Denoiser, get_schedule, get_solver, solve
 from torch_utils import distributed
 from torch_utils.device import fast_path
 
@@ -71,15 +71,15 @@ class Teacher:
         return model.denoiser(labels, step_condition=told)
 
     @torch.no_grad()
-    def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int) -> Tensor:
+    def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int, callback: Callback | None = None) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
 
         With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
-        visible in a metric, and a student can learn to leave it out at no cost of its own.
+        visible in a metric, and a student can learn to leave it out at no cost of its own. For `callback` see `solve`.
         """
         sigmas = self.sigmas(num_steps)
         denoise = self.denoiser(labels, len(sigmas))
-        states = solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1)
+        states = solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1, callback=callback)
         if self.config.denoise_to_zero:
             states[-1] = denoise(states[-1], x.new_full((), float(sigmas[-1])))
         return states

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dnnlib.options import Command, offline_option, section
 from models.loading import RUNS_DIR, find_student, load_student
 from models.prompts import choose_prompts
 from models.sampling import SamplerOptions, draw_latents, student_sampler
-from solvers import solve
+from solvers import Callback
 from torch_utils.device import configure_backends, device_option, pick_device
 
 from .config import DistillConfig
@@ -186,11 +186,16 @@ def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device
     prompts = choose_prompts(student, SamplerOptions())
     teacher = Teacher(load_source(config, device), config, student.sampling)
     x, given = draw_latents(student, range(count), prompts=prompts)
-    sigmas = teacher.sigmas(len(sampler.sigmas))
-    dense = solve(teacher.solver, teacher.denoiser(given, len(sigmas)), x, sigmas, teacher.afs)
-    denoise = student.denoiser(given, step_condition=sampler.step_condition)
-    sparse = solve(sampler.solver, denoise, x, sampler.sigmas, sampler.afs)
-    return Trajectories(dense.flatten(2).cpu(), sparse.flatten(2).cpu(), config.M + 1, sampler.sigmas)
+    dense = visited(lambda callback: teacher.trajectory(x, given, len(sampler.sigmas), callback)[-1])
+    sparse = visited(lambda callback: sampler.run(x, given, callback))
+    return Trajectories(dense, sparse, config.M + 1, sampler.sigmas)
+
+
+def visited(run: Callable[[Callback], Tensor]) -> Tensor:
+    """All states `[T, N, D]`, flat, of a run that calls back where every step starts and gives the last state."""
+    states: list[Tensor] = []
+    last = run(lambda *, x, **_: states.append(x))
+    return torch.stack([*states, last]).flatten(2).cpu()
 
 
 def draw_trajectories(trajectories: Trajectories, dest: Path) -> None:

@@ -1,5 +1,6 @@
 """Solvers against recorded reference trajectories, exact solutions, and the properties that distillation relies on."""
 
+import itertools
 import json
 import math
 import weakref
@@ -10,7 +11,7 @@ import pytest
 import torch
 from golden_files import GOLDEN
 
-from solvers import MAX_ORDERS, SOLVERS, Solver, count_evaluations, get_schedule, get_solver, solve
+from solvers import SOLVERS, Solver, count_evaluations, get_schedule, get_solver, solve
 from solvers.steppers import threshold
 
 FILES = [dict(np.load(GOLDEN / f"{name}.npz")) for name in ("solvers", "solvers_dpmpp")]
@@ -188,8 +189,7 @@ def test_lower_order_final_leaves_the_warm_up():
 
 
 def test_default_orders_are_the_highest():
-    assert MAX_ORDERS == {"ipndm": 4, "dpmpp": 3}
-    assert all(get_solver(name) == get_solver(name, order) for name, order in MAX_ORDERS.items())
+    assert all(get_solver(name) == get_solver(name, order) for name, order in {"ipndm": 4, "dpmpp": 3}.items())
 
 
 def test_options_of_other_solvers_are_ignored():
@@ -244,8 +244,10 @@ def test_states_and_what_the_denoiser_is_given(solver, dtype):
     assert states.shape == (7, *x.shape) and states.dtype == dtype
     assert torch.equal(states[0], x) and torch.equal(x, kept)
     assert all(s.ndim == 0 and s.dtype == dtype and s.device == x.device for s in denoise.sigmas)
-    nodes = [s for i in range(6) for s in solver.nodes(*SIGMAS[i : i + 2].tolist())]
-    assert [s.item() for s in denoise.sigmas] == torch.tensor(nodes, dtype=dtype).tolist()
+    levels = []
+    for s, t in itertools.pairwise(SIGMAS.tolist()):
+        levels += [s] if solver.evaluations == 1 else [s, s ** (1 - solver.ratio) * t**solver.ratio]
+    assert [s.item() for s in denoise.sigmas] == torch.tensor(levels, dtype=dtype).tolist()
 
 
 def test_a_solver_can_be_used_again(solver):
@@ -279,30 +281,40 @@ def test_a_half_precision_denoiser_leaves_all_else_in_single(solver):
     assert torch.equal(states, solve(solver, lambda x, sigma: half(x, sigma).float(), noise(80), SIGMAS))
 
 
+@pytest.mark.parametrize("afs", [False, True])
+def test_a_callback_sees_every_step(solver, afs):
+    seen = []
+    states = solve(solver, Mixture(), noise(80), SIGMAS, afs=afs, every=3, callback=lambda **step: seen.append(step))
+    whole = solve(solver, Mixture(), noise(80), SIGMAS, afs=afs)
+    assert torch.equal(states, whole[::3])
+    assert [(step["i"], step["sigma"]) for step in seen] == list(enumerate(SIGMAS[:-1].tolist()))
+    assert all(torch.equal(step["x"], state) for step, state in zip(seen, whole))
+    for i, step in enumerate(seen):
+        if i or not afs:
+            assert torch.equal(step["denoised"], Mixture()(step["x"], torch.tensor(step["sigma"])))
+
+
 class Watch(Solver):
     """Passes everything on, and keeps weak references to what the run looks back on."""
 
     def __init__(self, solver):
-        self.solver, self.lookback_seen, self.kept = solver, [], []
+        self.solver, self.seen, self.kept = solver, [], []
 
     @property
-    def lookback(self):
-        return self.solver.lookback
+    def history(self):
+        return self.solver.history
 
-    def nodes(self, sigma, sigma_next):
-        return self.solver.nodes(sigma, sigma_next)
-
-    def step(self, evaluate, x, sigmas, past):
-        assert isinstance(past, deque)
-        self.lookback_seen.append(len(past))
-        self.kept += [weakref.ref(prediction) for _, prediction in past]
-        return self.solver.step(evaluate, x, sigmas, past)
+    def step(self, x, denoised, sigmas, history, evaluate):
+        assert isinstance(history, deque)
+        self.seen.append(len(history))
+        self.kept += [weakref.ref(prediction) for _, prediction in history]
+        return self.solver.step(x, denoised, sigmas, history, evaluate)
 
 
-def test_the_past_is_bounded_by_the_order_and_ends_with_the_run(solver):
+def test_the_history_is_bounded_by_the_order_and_ends_with_the_run(solver):
     watch = Watch(solver)
     states = solve(watch, Mixture(), noise(80), get_schedule("polynomial", 13, 0.006, 80.0))
-    assert max(watch.lookback_seen) == solver.lookback == getattr(solver, "max_order", 1) - 1
+    assert max(watch.seen) == solver.history == getattr(solver, "max_order", 1) - 1
     assert len(states) == 13 and not any(ref() is not None for ref in watch.kept)
 
 
