@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Small helpers without torch: errors, options of commands, signals, files, downloads, formatting, logging."""
 
+from . import early as early
 from .errors import UserError, first_line, need, one_line_errors
 from .files import make_folder, replacing, sha256_of, write_text
 from .formatting import format_count, format_duration

@@ -23,11 +23,15 @@ class UserError(Exception):
         self.message = message
 
 
+def printable(text: str) -> str:
+    """`text` without control characters: names of files and messages of libraries can hold any."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
 def first_line(error: BaseException | str, limit: int = 200) -> str:
     """The first line of an error's text without control characters, at most `limit` long; its type if it has none."""
     lines = str(error).strip().splitlines()
-    text = "".join(c for c in lines[0] if c.isprintable()) if lines else ""
-    return text[:limit] or type(error).__name__
+    return printable(lines[0] if lines else "")[:limit] or type(error).__name__
 
 
 def need(module: str, install: str) -> ModuleType:
@@ -142,7 +146,7 @@ def _report(error: BaseException) -> None:
     if message is None:
         return
     if is_first:
-        click.echo(f"Error: {message}", err=True)
+        click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(error.exit_code if isinstance(error, click.ClickException) else 1)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     With `sync` the file reaches the disk before it is renamed, so that a power loss leaves the old content or the new
     one; without, that holds for a killed process only, which is enough for one image of many. The temporary name ends
     as `path` does (writers choose a format by the suffix) and is drawn at random: two writers never share one, not even
-    on two machines, where process ids can be equal.
+    on two machines, where process ids can be equal. A symbolic link stays, what it points to is replaced.
+
+    Raises:
+        UserError: `path` is there and no regular file (a folder, a device, a pipe).
     """
-    path = Path(path)
+    path = _written(Path(path))
     temporary = path.with_name(f".{secrets.token_hex(6)}.tmp.{path.name}")
     try:
         yield temporary
@@ -35,10 +39,26 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _written(path: Path) -> Path:
+    """Where a file of this name really lies; what a rename would destroy is refused."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there and is no regular file; expected a file, or a name that is free")
+    return path
+
+
+#: Names that `replacing` makes.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp\..")
+
+
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files of killed processes from a folder that no other process writes to."""
-    for path in Path(folder).glob(".*.tmp.*"):
-        path.unlink(missing_ok=True)
+    """Remove the temporary files of killed processes from a folder that no other process writes to.
+
+    Only names that `replacing` makes: the folder may be the user's own.
+    """
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.match(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path, flag: str) -> None:

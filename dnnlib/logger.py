@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 
 class Logger:
     """Print lines above a running progress bar and append them to `path` (None: print only)."""
@@ -15,6 +13,8 @@ class Logger:
         self._file = open(path, "a", encoding="utf-8", buffering=1) if path is not None else None
 
     def __call__(self, line: str = "") -> None:
+        from tqdm import tqdm  # kept out of the start of commands
+
         tqdm.write(line, file=self._stream)
         self._stream.flush()
         if self._file is not None:

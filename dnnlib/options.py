@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .signals import EXIT_CODES
+from .early import EXIT_CODES
 
 
 def _go_offline(context: click.Context, param: click.Parameter, value: bool) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: Exit codes of commands that a signal ended. 75 is EX_TEMPFAIL of sysexits.h, "not done, try again": no scheduler
-#: takes it for success or for a defect, and a process that was killed before it could save never ends with it.
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+from .early import EXIT_CODES
 
 
 class Stopped(SystemExit):

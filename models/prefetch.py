@@ -5,6 +5,8 @@ A data set of the registry brings what its model needs besides. What is there al
 
 from __future__ import annotations
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnnlib import UserError, replacing
+from dnnlib import UserError, first_line, replacing
 
 PathLike = str | Path
 METADATA_KEY = "sfd"
@@ -45,8 +45,7 @@ def _writing(path: PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path} cannot be written ({reason}); the file before it, if any, is kept") from None
+        raise UserError(f"{path} cannot be written ({first_line(error)}); an older file is kept") from None
 
 
 def read_settings(path: PathLike) -> dict[str, Any]:
@@ -68,8 +67,7 @@ def _read_tensor(path: PathLike, file: Any, name: str) -> Tensor:
         tensor = file.get_tensor(name)
         copy = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else None
     except (SafetensorError, RuntimeError) as error:  # types of number that torch does not know, or not how to convert
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} holds {name} in an unusable form ({reason}); expected float32") from None
+        raise UserError(f"{path} holds {name} in an unusable form ({first_line(error)}); expected float32") from None
     if copy is None:
         raise UserError(f"{path} holds {name} as {tensor.dtype}; expected floating point")
     if not copy.isfinite().all():
@@ -83,9 +81,9 @@ def _open_network(path: PathLike) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is not a readable network file ({reason}); it is truncated or was not written by train.py"
+            f"{path} is not a readable network file ({first_line(error)}); "
+            "it is truncated or was not written by train.py"
         ) from None
 
 
@@ -138,15 +136,16 @@ def usable_state(path: PathLike) -> Iterator[None]:
     except DAMAGED as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise  # that is no fault of the file
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is not a readable training state ({reason}); remove it to start this run again"
+            f"{path} is not a readable training state ({first_line(error)}); remove it to start this run again"
         ) from None
 
 
 def read_state(path: PathLike) -> dict[str, Any]:
     """Read a training state to the CPU without executing anything; damaged bits are found by its checksums."""
     with usable_state(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no regular file")  # opening a pipe would wait for ever
         _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 

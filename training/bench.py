@@ -8,6 +8,8 @@ the threads, which other programs on the machine lengthen less than the clock's.
 
 from __future__ import annotations
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 import contextlib
 import io
 import json

@@ -9,6 +9,8 @@ probability-flow ODE lie almost in a plane), beside the L1 distance between both
 
 from __future__ import annotations
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 import json
 import re
 from collections.abc import Callable, Sequence

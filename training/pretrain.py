@@ -20,6 +20,8 @@ A class-conditional network sees no label, a zero vector, for a part of the imag
 denoises without one, which guidance needs.
 """
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 import copy
 import json
 import time

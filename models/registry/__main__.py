@@ -5,6 +5,8 @@ Networks are built on the meta device, from `models/configs/`, so parameters and
 
 from __future__ import annotations
 
+import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
+
 import json
 import os
 from pathlib import Path

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnnlib import Logger, UserError, format_count, format_duration, one_line_errors, replacing, write_text
+from dnnlib import (
+    Logger,
+    UserError,
+    first_line,
+    format_count,
+    format_duration,
+    need,
+    one_line_errors,
+    replacing,
+    write_text,
+)
+from dnnlib.files import remove_leftovers
 
 
 def outcome(error, monkeypatch, capsys, rank=None):
@@ -96,7 +112,7 @@ def test_errors_of_writing_name_the_file(tmp_path):
         write_text(tmp_path / "file" / "a", "x")
     assert "file" in caught.value.filename
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="no regular file"):
         write_text(tmp_path / "folder", "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -134,3 +150,82 @@ def test_log_keeps_what_was_printed_and_appends(tmp_path):
         assert stream.getvalue().strip() == text + " ü"
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "one ü\ntwo ü\n"
     Logger(None, io.StringIO())("x")
+
+
+def test_errors_stay_one_line_whatever_they_quote(monkeypatch, capsys):
+    code, text = outcome(UserError("no \x1b[31mfile\nsecond \x00 line"), monkeypatch, capsys)
+    assert code == 1 and text.count("\n") == 1 and "\x1b" not in text and "\x00" not in text
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError(), "ValueError"),
+        (ValueError("\n\n"), "ValueError"),
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\x1b[1mbold\x07"), "[1mbold"),
+        (ValueError("x" * 1000), "x" * 200),
+    ],
+)
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error) == line
+
+
+def test_a_missing_package_is_named_with_its_installation():
+    with pytest.raises(UserError, match="no_such_package is needed .* run: pip install no-such-package"):
+        need("no_such_package", "pip install no-such-package")
+    assert need("json", "").__name__ == "json"
+
+
+# --- Signals before and after a command ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "models.prefetch"]])
+def test_a_signal_while_torch_is_imported_is_one_line(command, number, code):
+    process = subprocess.Popen([sys.executable, "-v", *command, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    for line in process.stderr:  # `-v` tells what is imported
+        if line.startswith("import 'torch._"):
+            break
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in output and f"Stopped by {number.name}; repeat the command" in output
+
+
+def test_programs_that_import_this_one_keep_their_signals():
+    program = "import signal, models; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+# --- Files that must not be replaced ---------------------------------------------------------------------------------
+
+
+def test_writing_goes_through_links_and_refuses_what_is_no_file(tmp_path):
+    real, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    link.symlink_to(real)
+    for content in ("one", "two"):  # a link to nothing yet, then to a file
+        write_text(link, content)
+        assert link.is_symlink() and real.read_text() == content
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(UserError, match="no regular file"):
+            write_text(tmp_path / name, "x")
+    with pytest.raises(UserError, match="no regular file"):
+        write_text(Path(os.devnull), "x")
+    assert Path(os.devnull).is_char_device() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "link.txt",
+        "pipe",
+        "real.txt",
+    ]
+
+
+def test_only_names_that_were_made_here_are_removed(tmp_path):
+    kept = {".notes.tmp.txt", ".x.tmp.y", ".0123456789ab.tmp.", "0123456789ab.tmp.x", ".0123456789AB.tmp.x"}
+    for name in kept | {".0123456789ab.tmp.student.safetensors"}:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".0123456789ab.tmp.folder").mkdir()
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == kept | {".0123456789ab.tmp.folder"}

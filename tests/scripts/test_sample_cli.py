@@ -79,7 +79,7 @@ def test_any_text_parses_or_is_one_line(text):
     try:
         found = parse_seeds(None, None, text)
     except UserError as error:
-        assert "\n" not in error.format_message()
+        assert "\n" not in error.message
     else:
         assert found and len(set(found)) == len(found) and set(text) <= set("0123456789-, ")
 

@@ -71,7 +71,7 @@ def test_micro_batches_share_the_batch_evenly_or_are_refused(batch, processes, b
     try:
         size = micro_batch(batch, batch_gpu, processes)
     except UserError as error:
-        assert not fits and "choose a" in error.format_message()
+        assert not fits and "choose a" in error.message
     else:
         assert fits and size <= (batch_gpu or batch) and (batch // processes) % size == 0
         assert size == min(batch_gpu or batch, batch // processes)

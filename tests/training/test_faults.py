@@ -837,7 +837,7 @@ def one_line(action, *names):
     try:
         return action()
     except UserError as error:
-        message = error.format_message()
+        message = error.message
         assert "\n" not in message and any(name in message for name in names), message
         return None
 
