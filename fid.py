@@ -19,7 +19,7 @@ from dnnlib.options import Group, offline_option, section
 from models.detectors import NAMES, Detector, load_detector
 from models.detectors.inception import RESIZES
 from models.loading import find_student
-from models.sampling import SamplerOptions, open_sampler
+from models.sampling import SamplerOptions, open_sampler, plan_sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
 from torch_utils.device import (
@@ -296,7 +296,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         raise UserError("--features holds the images of one evaluation; leave it or --trials out")
     if opts["dry_run"]:
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
-        plan["nfe"] = sample.planned_nfe(model_path, opts["dataset_name"], choices)
+        plan["nfe"] = plan_sampler(model_path, opts["dataset_name"], choices).nfe
         show_plan(**plan, **choices.given(), detector=opts["detector"], precision=precision, device=str(device))
         return
     extractor = open_extractor(opts, opts["features"])
@@ -357,7 +357,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
         return
     extractor = open_extractor(opts)
     student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
-    rows = comparison.rows(student, precision)
+    rows = comparison.samplers(student, precision)
     distributed.on_first_rank(lambda: make_folder(place, "--outdir"))
     ref_path = distributed.on_first_rank(lambda: locate(ref))
     reference = extractor.reference(ref_path, keep=True)

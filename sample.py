@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from tqdm import tqdm
 
 from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, offline_option, section
-from models.loading import find_student, is_teacher_file, read_sampling
-from models.published.diffusers import is_stable_diffusion
-from models.registry import ROWS, get_row
-from models.sampling import Sampler, SamplerOptions, TeacherOptions, comparison_rows, open_sampler
-from solvers import SCHEDULES, SOLVERS, count_evaluations, get_solver
+from models.registry import ROWS
+from models.sampling import ComparedSampler, OpenedSampler, Sampler, SamplerOptions, open_sampler, plan_sampler, rivals
+from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
 from torch_utils.device import (
     PRECISIONS,
@@ -100,46 +97,27 @@ def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batc
     return outdir / "grid.png"
 
 
-def write_comparison(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
+def write_comparison(
+    student: OpenedSampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path
+) -> Path:
     """One sheet, `compare.png`: rows are samplers, columns seeds; `compare.md` has distances to the first row."""
-    rows = comparison_rows(sampler)
-    images = [sample_all(row, seeds, class_index, batch) for _, row in rows]
+    plan = student.sampler.plan
+    same = plan.num_steps - 1 - plan.afs  # without AFS, so many steps give the evaluations of the student
+    rows = rivals(student, [("euler", same), ("dpmpp", same), ("dpmpp", 5)])
+    rows.append(ComparedSampler("student", student.sampler, student.identity))
+    images = [sample_all(row.sampler, seeds, class_index, batch) for row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
     make_folder(outdir, "--outdir")
-    labels = [f"{name}, NFE {row.nfe}" for name, row in rows]
+    labels = [f"{row.label}, NFE {row.sampler.nfe}" for row in rows]
     scale = max(1, 64 // images[0].shape[1])
     save_picture(draw_sheet(images, labels, [str(seed) for seed in seeds], scale), outdir / "compare.png")
     lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
     lines += [
-        f"| {name} | {row.nfe} | {distance:.4f} |" for (name, row), distance in zip(rows, distances, strict=False)
+        f"| {row.label} | {row.sampler.nfe} | {distance:.4f} |" for row, distance in zip(rows, distances, strict=True)
     ]
     write_text(outdir / "compare.md", "\n".join(lines) + "\n")
     click.echo("\n".join(lines))
     return outdir / "compare.png"
-
-
-def planned_nfe(model_path: str, dataset_name: str | None, options: SamplerOptions) -> int | None:
-    """Network evaluations per image, from settings alone; None where the model is not there yet."""
-    try:
-        is_registered = model_path == "teacher" or is_stable_diffusion(Path(model_path))
-        path = None if is_registered else find_student(model_path)
-        settings = None if path is None or is_teacher_file(path) else read_sampling(path)
-    except UserError:
-        return None
-    try:
-        if settings is not None:
-            changes: dict[str, Any] = {} if options.num_steps is None else {"num_steps": options.num_steps}
-            if options.guidance_rate is not None:  # asks for guidance, whatever the student was recorded with
-                changes.update(guidance_type="cfg", guidance_rate=options.guidance_rate)
-            return replace(settings, **changes).nfe
-        o = TeacherOptions(**options.given())
-        solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
-        evaluations = count_evaluations(solver, o.num_steps, o.afs) + o.denoise_to_zero
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    own_rate = 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate
-    rate = own_rate if o.guidance_rate is None else o.guidance_rate
-    return evaluations * (1 if rate == 1 else 2)
 
 
 @click.command(cls=Command)
@@ -202,7 +180,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     options = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
-        plan["nfe"] = planned_nfe(model_path, dataset_name, options)
+        plan["nfe"] = plan_sampler(model_path, dataset_name, options).nfe
         plan.update(options.given(), precision=precision, device=str(device), outdir=opts["outdir"])
         if distributed.is_first_process():
             click.echo(json.dumps(plan, indent=2))
@@ -219,8 +197,10 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         if outdir.suffix == ".zip":
             raise UserError(f"--outdir={outdir} is an archive; a single picture needs a folder")
         # One picture is small work: rank 0 does it while the others wait.
-        draw = write_comparison if opts["compare"] else write_grid
-        path = distributed.on_first_rank(lambda: draw(sampler, seeds, class_index, opts["batch"], outdir))
+        where = (seeds, class_index, opts["batch"], outdir)
+        path = distributed.on_first_rank(
+            lambda: write_comparison(opened, *where) if opts["compare"] else write_grid(sampler, *where)
+        )
         report = f"Picture: {path}"
     else:
         identity = {**opened.identity, "class": class_index, "precision": precision}

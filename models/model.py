@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib import UserError
-from solvers import SCHEDULES, Denoiser, NoiseSchedule, count_evaluations, get_schedule, get_solver
+from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
 
 from .guidance import guided
 from .latent import LatentSpace
@@ -72,10 +72,15 @@ class SamplingSettings:
             raise ValueError(f"settings out of range: {', '.join(wrong)}")
 
     @property
+    def plan(self) -> SamplingPlan:
+        """Euler steps, with the guidance that it is sampled with."""
+        rate = self.guidance_rate if self.guidance_type == "cfg" else 1.0
+        return SamplingPlan(get_solver("euler"), self.num_steps, self.afs, rate)
+
+    @property
     def nfe(self) -> int:
-        """Network evaluations per image; guidance doubles them."""
-        single = count_evaluations(get_solver("euler"), self.num_steps, self.afs)
-        return single * (2 if self.guidance_type == "cfg" and self.guidance_rate != 1 else 1)
+        """Network evaluations per image."""
+        return self.plan.nfe
 
     @property
     def is_variable(self) -> bool:
@@ -244,6 +249,5 @@ class Student(DiffusionModel):
 
     def __init__(self, net: Precond, sampling: SamplingSettings, latent: LatentSpace | None = None) -> None:
         s = sampling
-        guidance_rate = s.guidance_rate if s.guidance_type == "cfg" else 1.0
-        super().__init__(net, s.dataset_name, s.sigma_min, s.sigma_max, latent, guidance_rate)
+        super().__init__(net, s.dataset_name, s.sigma_min, s.sigma_max, latent, s.plan.guidance_rate)
         self.sampling = sampling

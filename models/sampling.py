@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dnnlib import UserError, sha256_of
-from solvers import Callback, Solver, count_evaluations, get_schedule, get_solver, solve
+from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import sample_generators, stacked_randint, stacked_randn
 
-from .loading import find_student, is_teacher_file, load_student, load_teacher
-from .model import VARIABLE_STEPS, DiffusionModel, Student
+from .loading import find_student, is_teacher_file, load_student, load_teacher, read_sampling
+from .model import VARIABLE_STEPS, DiffusionModel, SamplingSettings, Student
 from .prompts import Prompts, choose_prompts
 from .published.diffusers import folder_digest, is_stable_diffusion
 from .registry import get_row
@@ -30,38 +30,32 @@ CPU_BATCH = 16
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model, a solver and its noise levels.
+    """A model, how it is sampled, and its noise levels.
 
     Attributes:
         sigmas: noise levels, float64 `[num_steps]`.
-        afs: whether the first evaluation is analytical.
-        step_condition: what a step-conditioned network is told.
-        guidance_rate: of classifier-free guidance, which doubles the evaluations of the network unless it is 1.
-        denoise_to_zero: end with the denoiser at σ_min, as EDM's own sampler does.
+        step_condition: number of timestamps, for a step-conditioned network.
         prompts: captions, for a text-conditioned model.
     """
 
     model: DiffusionModel
-    solver: Solver
+    plan: SamplingPlan
     sigmas: Tensor
-    afs: bool = False
     step_condition: float | None = None
-    guidance_rate: float = 1.0
-    denoise_to_zero: bool = False
     prompts: Prompts | None = None
 
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
-        evaluations = count_evaluations(self.solver, len(self.sigmas), self.afs)
-        return (evaluations + self.denoise_to_zero) * (1 if self.guidance_rate == 1 else 2)
+        return self.plan.nfe
 
     @torch.no_grad()
-    def run(self, x: Tensor, given: Tensor | None, callback: Callback | None = None) -> Tensor:
-        """Final states `[B, C, H, W]` from `x` at σ_max; `given` are labels or text conditions; see `solve`."""
-        denoise = self.model.denoiser(given, self.guidance_rate, self.step_condition)
-        x = solve(self.solver, denoise, x, self.sigmas, self.afs, len(self.sigmas) - 1, callback)[-1]
-        return denoise(x, x.new_full((), float(self.sigmas[-1]))) if self.denoise_to_zero else x
+    def run(self, x: Tensor, cond: Tensor | None, callback: Callback | None = None) -> Tensor:
+        """Final states `[B, C, H, W]` from `x` at σ_max; `cond` are labels or text conditions; see `solve`."""
+        plan = self.plan
+        denoise = self.model.denoiser(cond, plan.guidance_rate, self.step_condition)
+        x = solve(plan.solver, denoise, x, self.sigmas, plan.afs, plan.num_steps - 1, callback)[-1]
+        return denoise(x, x.new_full((), float(self.sigmas[-1]))) if plan.denoise_to_zero else x
 
     def images(self, seeds: Sequence[int], class_index: int | None = None) -> np.ndarray:
         """One uint8 image for each seed, `[N, H, W, C]`; on the CPU its bits depend on the seed alone."""
@@ -116,7 +110,17 @@ def student_sampler(
     Raises:
         UserError: the student serves another number of timestamps.
     """
-    settings = student.sampling
+    settings = settings_for(student.sampling, num_steps)
+    plan = _guided(settings.plan, guidance_rate)
+    return Sampler(student, plan, settings.schedule(student.noise_schedule), settings.step_condition, prompts)
+
+
+def settings_for(settings: SamplingSettings, num_steps: int | None) -> SamplingSettings:
+    """A student's settings for `num_steps` timestamps, None for those that it records.
+
+    Raises:
+        UserError: it was not distilled for so many.
+    """
     if num_steps is not None and num_steps != settings.num_steps:
         if not settings.is_variable:
             raise UserError(
@@ -127,14 +131,16 @@ def student_sampler(
         if not low <= num_steps <= high:
             raise UserError(f"--num_steps={num_steps} is not what SFD-v is made for; choose from {low} to {high}")
         settings = replace(settings, num_steps=num_steps)
-    sigmas = settings.schedule(student.noise_schedule)
-    rate = student.guidance_rate if guidance_rate is None else guidance_rate
-    return Sampler(student, get_solver("euler"), sigmas, settings.afs, settings.step_condition, rate, prompts=prompts)
+    return settings
+
+
+def _guided(plan: SamplingPlan, guidance_rate: float | None) -> SamplingPlan:
+    return plan if guidance_rate is None else replace(plan, guidance_rate=guidance_rate)
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What a command line may ask of a sampler; None leaves it to the student, or to the defaults of a teacher."""
+    """Sampler options from the command line. None: the student's recorded value or the teacher's default."""
 
     num_steps: int | None = None
     solver: str | None = None
@@ -176,15 +182,42 @@ class TeacherOptions(SamplerOptions):
 def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | None = None) -> Sampler:
     """A teacher with any solver and schedule, between its own noise levels."""
     o = TeacherOptions(**options.given())
+    plan = teacher_plan(options, teacher.guidance_rate)
     try:
-        solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
         sigmas = get_schedule(
             o.schedule_type, o.num_steps, teacher.sigma_min, teacher.sigma_max, o.schedule_rho, teacher.noise_schedule
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    rate = teacher.guidance_rate if o.guidance_rate is None else o.guidance_rate
-    return Sampler(teacher, solver, sigmas, o.afs, None, rate, o.denoise_to_zero, prompts)
+    return Sampler(teacher, plan, sigmas, prompts=prompts)
+
+
+def teacher_plan(options: SamplerOptions, guidance_rate: float) -> SamplingPlan:
+    """How a teacher of this `guidance_rate` is sampled; a UserError if there is no such solver."""
+    o = TeacherOptions(**options.given())
+    try:
+        solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
+        plan = SamplingPlan(solver, o.num_steps, o.afs, guidance_rate, o.denoise_to_zero)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return _guided(plan, o.guidance_rate)
+
+
+def plan_sampler(model_path: str, dataset_name: str | None, options: SamplerOptions) -> SamplingPlan:
+    """How `open_sampler` would sample, from settings alone: nothing is fetched, and no weights are read."""
+    path = _model_file(model_path)
+    if path is None or is_teacher_file(path):
+        return teacher_plan(options, 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate)
+    settings = read_sampling(path)
+    _check_student(settings, dataset_name, options)
+    return _guided(settings_for(settings, options.num_steps).plan, options.guidance_rate)
+
+
+def _model_file(model_path: str) -> Path | None:
+    """The file or folder of a model; None for a registered teacher."""
+    if model_path == "teacher":
+        return None
+    return Path(model_path) if is_stable_diffusion(Path(model_path)) else find_student(model_path)
 
 
 @dataclass(frozen=True)
@@ -210,9 +243,7 @@ def open_sampler(
     Raises:
         UserError: whatever does not fit together.
     """
-    path = None if model_path == "teacher" else Path(model_path)
-    if path is not None and not is_stable_diffusion(path):
-        path = find_student(path)
+    path = _model_file(model_path)
     if path is None or is_teacher_file(path):
         if dataset_name is not None:
             get_row(dataset_name)
@@ -224,7 +255,7 @@ def open_sampler(
         identity = {key: value for key, value in asdict(effective).items() if key not in STUDENT_OPTIONS[1:]}
     else:
         model = load_student(path, device)
-        _check_student(model, dataset_name, options)
+        _check_student(model.sampling, dataset_name, options)
         prompts = choose_prompts(model, options)
         sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
         # Snapshots have the same names in every run, so the name of the run comes with it.
@@ -235,15 +266,15 @@ def open_sampler(
         model.latent.decoder()  # so that a file without one is found now
     if prompts is not None:
         texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
-        identity |= {"guidance_rate": sampler.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
+        identity |= {"guidance_rate": sampler.plan.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
     digest = None if path is None else folder_digest(path) if path.is_dir() else sha256_of(path)
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 
-def _check_student(student: Student, dataset_name: str | None, options: SamplerOptions) -> None:
-    if dataset_name is not None and dataset_name != student.dataset_name:
+def _check_student(settings: SamplingSettings, dataset_name: str | None, options: SamplerOptions) -> None:
+    if dataset_name is not None and dataset_name != settings.dataset_name:
         raise UserError(
-            f"--dataset_name={dataset_name}, but the student is of {student.dataset_name}; leave the flag out"
+            f"--dataset_name={dataset_name}, but the student is of {settings.dataset_name}; leave the flag out"
         )
     foreign = [name for name in options.given() if name not in STUDENT_OPTIONS]
     if foreign:
@@ -252,25 +283,39 @@ def _check_student(student: Student, dataset_name: str | None, options: SamplerO
         )
 
 
-def comparison_rows(student: Sampler) -> list[tuple[str, Sampler]]:
-    """The samplers to show beside a student: its teacher at 35 NFE first, then training-free solvers, then itself.
+@dataclass(frozen=True)
+class ComparedSampler:
+    """A sampler, what people call it, and what determines its images (JSON-serialisable)."""
+
+    label: str
+    sampler: Sampler
+    identity: dict[str, Any]
+
+
+#: A student's teacher at its best, and the solvers that need no training.
+BEST = "teacher, Heun"
+TRAINING_FREE = {"euler": "Euler", "dpmpp": "DPM-Solver++"}
+
+
+def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> list[ComparedSampler]:
+    """What a student is compared with: its teacher by Heun at 35 NFE, then by (solver, number of steps).
 
     Raises:
         UserError: not a student, or its teacher is not to be had.
     """
-    model = student.model
+    model, plan = student.sampler.model, student.sampler.plan
     if not isinstance(model, Student):
-        raise UserError("--compare=True is for a student; for a teacher, choose a --solver")
+        raise UserError("--model_path is a teacher; expected the student to compare with its teacher")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
-    # Without AFS, so many timestamps give the evaluations of the student.
-    same = len(student.sigmas) - student.afs
-    rate = student.guidance_rate
-    rows = [
-        ("teacher, Heun", SamplerOptions(denoise_to_zero=True, guidance_rate=rate)),
-        ("teacher, Euler", SamplerOptions(num_steps=same, solver="euler", guidance_rate=rate)),
-        ("teacher, DPM-Solver++", SamplerOptions(num_steps=same, solver="dpmpp", guidance_rate=rate)),
-        ("teacher, DPM-Solver++", SamplerOptions(num_steps=6, solver="dpmpp", guidance_rate=rate)),
-    ]
-    samplers = [(name, teacher_sampler(teacher, options, student.prompts)) for name, options in rows]
-    return samplers + [("student", student)]
+    choices = [(BEST, SamplerOptions(denoise_to_zero=True))]
+    choices += [(TRAINING_FREE[name], SamplerOptions(steps + 1, name)) for name, steps in training_free]
+    name = model.sampling.teacher_path or model.dataset_name
+    # What captions the images have is in the student's identity, for a text-conditioned one.
+    shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity}
+    found = []
+    for label, chosen in choices:
+        options = TeacherOptions(**chosen.given(), guidance_rate=plan.guidance_rate)
+        identity = {"model": f"teacher of {name}", **(asdict(options) | shared)}
+        found.append(ComparedSampler(label, teacher_sampler(teacher, options, student.sampler.prompts), identity))
+    return found

@@ -15,6 +15,7 @@ The package imports torch and the standard library alone.
 """
 
 from .driver import Callback, Denoiser, analytical_first_step, count_evaluations, solve
+from .plan import SamplingPlan
 from .schedules import SCHEDULES, NoiseSchedule, get_schedule
 from .steppers import SOLVERS, Solver, get_solver
 
@@ -24,6 +25,7 @@ __all__ = [
     "Callback",
     "Denoiser",
     "NoiseSchedule",
+    "SamplingPlan",
     "Solver",
     "analytical_first_step",
     "count_evaluations",

@@ -38,7 +38,6 @@ from models.networks.autoencoders import AUTOENCODERS
 from models.published.state_dicts import FIRST_STAGE
 from models.registry import DatasetSpec, get_row
 from models.sampling import Sampler, network_batch
-from solvers import get_solver
 from torch_utils.device import (
     PLAIN,
     PRECISIONS,
@@ -166,7 +165,7 @@ def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[],
     def sample(nfe: int) -> None:
         student.eval()
         settings = replace(student.sampling, num_steps=nfe + 1 + config.afs)
-        sampler = Sampler(student, get_solver("euler"), settings.schedule(student.noise_schedule), settings.afs)
+        sampler = Sampler(student, settings.plan, settings.schedule(student.noise_schedule))
         for part, conditions in _parts(x, given, min(distiller.micro, network_batch(student, len(x)))):
             states = sampler.run(part * student.sigma_max, conditions)
             if not student.is_latent:

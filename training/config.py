@@ -11,7 +11,7 @@ from dnnlib import UserError
 from models.loading import find_student, own_name, read_sampling
 from models.model import VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
-from solvers import count_evaluations, get_solver
+from solvers import SamplingPlan, get_solver
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,26 @@ class DistillConfig:
             return 1.0
         return ROWS[self.dataset_name].guidance_rate if self.guidance_rate is None else self.guidance_rate
 
-    def nfe(self, num_steps: int) -> int:
-        """Evaluations of the student's network per image; guidance doubles them."""
-        return (num_steps - 1 - self.afs) * (1 if self.sampling_rate == 1 else 2)
+    def student_plan(self, num_steps: int) -> SamplingPlan:
+        """How the student of so many timestamps is sampled; in training it has no guidance."""
+        return SamplingPlan(get_solver("euler"), num_steps, self.afs, self.sampling_rate)
 
     def teacher_steps(self, num_steps: int) -> int:
         """Timestamps of the teacher: M more between every two of the student's."""
         return (self.M + 1) * (num_steps - 1) + 1
+
+    def teacher_plan(self, num_steps: int, source: SamplingSettings | None = None) -> SamplingPlan:
+        """How a trajectory for a student of `num_steps` timestamps is made, without guidance.
+
+        First stage: by the configured solver, without AFS. Second stage: as `source` says, the settings of a student.
+        """
+        steps = self.teacher_steps(num_steps)
+        if source is not None:
+            return SamplingPlan(get_solver("euler"), steps, source.afs)
+        solver = get_solver(
+            self.sampler_tea, self.max_order, self.predict_x0, self.lower_order_final, self.thresholding
+        )
+        return SamplingPlan(solver, steps, denoise_to_zero=self.denoise_to_zero)
 
     def learning_rate(self, images: int) -> float:
         """After so many trajectories; `step`: a tenth in the second half, `linear`: falling to zero all the way."""
@@ -108,7 +121,7 @@ class DistillConfig:
         """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-desc]`, as run directories are called."""
         short = {"polynomial": "poly", "logsnr": "logsnr", "time_uniform": "uni", "discrete": "discrete"}
         schedule = short[self.schedule_type] + ("" if self.schedule_type == "logsnr" else f"{self.schedule_rho:g}")
-        steps, nfe = span(self.step_choices), span([self.nfe(s) for s in self.step_choices])
+        steps, nfe = span(self.step_choices), span([self.student_plan(s).nfe for s in self.step_choices])
         solver = "euler" if self.is_second_stage else self.sampler_tea
         parts = [self.dataset_name, steps, nfe, solver, str(self.M), schedule]
         return "-".join(parts + ["afs"] * self.afs + ([desc] if desc else []))
@@ -171,9 +184,7 @@ def check(config: DistillConfig) -> None:
             f"--num_steps={config.num_steps} with --use_step_condition=True is not one of {span(VARIABLE_STEPS)}"
         )
     try:
-        get_solver(
-            config.sampler_tea, config.max_order, config.predict_x0, config.lower_order_final, config.thresholding
-        )
+        config.teacher_plan(config.num_steps)
         SamplingSettings(
             config.dataset_name, config.num_steps, config.afs, config.schedule_type, config.schedule_rho, 1, 2
         )
@@ -181,12 +192,19 @@ def check(config: DistillConfig) -> None:
         raise UserError(str(error)) from None
 
 
+def source_settings(config: DistillConfig) -> SamplingSettings | None:
+    """What the student of --model_path records, which a second stage distils; None in the first stage."""
+    return read_sampling(find_student(first_student(config.model_path))) if config.is_second_stage else None
+
+
 def describe(config: DistillConfig) -> str:
     """What a run would do, in a few lines for people."""
-    solver = get_solver("euler" if config.is_second_stage else config.sampler_tea, config.max_order)
+    source = source_settings(config)
+    if source is not None:
+        config = follow_teacher(config, source)
     choices = config.step_choices
-    nfes = [config.nfe(steps) for steps in choices]
-    evaluations = [count_evaluations(solver, config.teacher_steps(s)) + config.denoise_to_zero for s in choices]
+    nfes = [config.student_plan(steps).nfe for steps in choices]
+    evaluations = [config.teacher_plan(steps, source).nfe for steps in choices]
     return (
         f"Run directory: 00000-{config.run_name()} (or the next free number)\n"
         f"Student: NFE {span(nfes)}; teacher: {span(evaluations)} evaluations per trajectory\n"
@@ -210,12 +228,17 @@ def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
 
 def follow_teacher(config: DistillConfig, teacher: SamplingSettings) -> DistillConfig:
     """Second stage: take over what the teacher's settings decide, and refuse what contradicts them."""
+    if teacher.dataset_name != config.dataset_name:
+        raise UserError(
+            f"--model_path was distilled on {teacher.dataset_name}, not on --dataset_name={config.dataset_name}"
+        )
     if teacher.is_second_stage:
         raise UserError("--model_path is itself a second-stage model; expected an SFD or SFD-v model")
-    asked, own = (config.schedule_type, config.schedule_rho), (teacher.schedule_type, teacher.schedule_rho)
-    if asked != own:
+    asked = (config.schedule_type, config.schedule_rho)
+    kept = (teacher.schedule_type, teacher.schedule_rho)
+    if asked != kept:
         raise UserError(
-            f"--schedule_type={asked[0]} --schedule_rho={asked[1]:g} differ from the model's {own[0]}, {own[1]:g}; "
+            f"--schedule_type={asked[0]} --schedule_rho={asked[1]:g} differ from the model's {kept[0]}, {kept[1]:g}; "
             "the second stage keeps its teacher's schedule"
         )
     if config.use_step_condition and not teacher.use_step_condition:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import UserError, format_count, format_duration
 from models.loading import build_on_meta
+from models.model import SamplingSettings
 from models.precond import Precond
 from models.registry import get_row
-from solvers import count_evaluations, get_solver
 from torch_utils.device import PLAIN, PRECISIONS, use_path
 
-from .config import DistillConfig, micro_batch
+from .config import DistillConfig, micro_batch, source_settings
 from .distill import Distiller, load_source
 
 #: A backward pass has two products for each one of the forward pass.
@@ -105,20 +105,21 @@ class Cost:
         return (self.teacher + TRAINED * self.student) * self.flops
 
 
-def run_cost(config: DistillConfig, net: Precond, micro: int) -> Cost:
-    """What a run of `config` takes with micro-batches of `micro` samples; `net` is the teacher's, without memory."""
-    choices, second = config.step_choices, config.is_second_stage
-    solver = get_solver("euler" if second else config.sampler_tea, config.max_order)
-    teacher = [
-        count_evaluations(solver, config.teacher_steps(n), second and config.afs) + config.denoise_to_zero
-        for n in choices
-    ]
-    student = [n - 1 - config.afs for n in choices]
+def run_cost(
+    config: DistillConfig, net: Precond, micro_batch_size: int, source: SamplingSettings | None = None
+) -> Cost:
+    """What a run of `config` takes; `net` is the teacher's, without memory.
+
+    `source` are the settings of the student that a second stage distils.
+    """
+    choices = config.step_choices
+    teacher = [config.teacher_plan(n, source).nfe for n in choices]
+    student = [replace(config.student_plan(n), guidance_rate=1).nfe for n in choices]
     dtype, size = PRECISIONS[config.precision], sum(p.numel() for p in net.parameters())
     # In float32: the teacher, the student, its gradients, two moments of Adam; besides, both as they are computed with.
     weights = size * (5 * 4 + 2 * dtype.itemsize * (dtype != torch.float32))
-    states = (max(choices) + 4) * micro * net.img_channels * net.img_resolution**2 * 4
-    memory = weights + states + activation_bytes(net, dtype, micro)
+    states = (max(choices) + 4) * micro_batch_size * net.img_channels * net.img_resolution**2 * 4
+    memory = weights + states + activation_bytes(net, dtype, micro_batch_size)
     return Cost(sum(teacher) / len(teacher), sum(student) / len(student), flops_per_evaluation(net), memory)
 
 
@@ -210,7 +211,7 @@ def estimate(
     """What `train.py --dry-run` says of a run's cost on this device, after a calibration of about so many seconds."""
     net = _network(config)
     micro = micro_batch(config.batch, batch_gpu, processes)
-    cost = run_cost(config, net, micro)
+    cost = run_cost(config, net, micro, source_settings(config))
     calibration = calibrate(net, device, PRECISIONS[config.precision], micro, seconds)
     length = calibration.seconds(cost, config.total_images) / processes
     rate = cost.flops_per_trajectory * config.total_images / processes / length

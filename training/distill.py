@@ -26,7 +26,7 @@ from dnnlib import UserError
 from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
 from models.model import DiffusionModel, SamplingSettings, Student
-from solvers import Callback, Denoiser, get_schedule, get_solver, solve
+from solvers import Callback, Denoiser, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils import distributed
 from torch_utils.device import fast_path
 
@@ -44,19 +44,14 @@ def load_source(config: DistillConfig, device: torch.device | str = "cpu") -> Di
 
 
 class Teacher:
-    """The trajectories that a student is distilled from.
-
-    First stage: the configured solver, without AFS. Second stage: a student, sampled as its settings say.
-    """
+    """The trajectories that a student is distilled from, of a diffusion model or, in the second stage, of a student."""
 
     def __init__(self, model: DiffusionModel, config: DistillConfig, sampling: SamplingSettings) -> None:
         self.model, self.config, self.sampling = model, config, sampling
-        if isinstance(model, Student):
-            self.solver, self.afs = EULER, model.sampling.afs
-        else:
-            c = config
-            self.solver = get_solver(c.sampler_tea, c.max_order, c.predict_x0, c.lower_order_final, c.thresholding)
-            self.afs = False
+
+    def plan(self, num_steps: int) -> SamplingPlan:
+        """How a trajectory for a student of `num_steps` timestamps is made."""
+        return self.config.teacher_plan(num_steps, self.model.sampling if isinstance(self.model, Student) else None)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The teacher's timestamps for a student of `num_steps`; every (M+1)-th is the student's."""
@@ -64,23 +59,24 @@ class Teacher:
         count = self.config.teacher_steps(num_steps)
         return get_schedule(s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule)
 
-    def denoiser(self, labels: Tensor | None, num_steps: int) -> Denoiser:
-        """The model's, for trajectories of so many timestamps of its own."""
-        model = self.model
-        told = replace(model.sampling, num_steps=num_steps).step_condition if isinstance(model, Student) else None
-        return model.denoiser(labels, step_condition=told)
+    def denoiser(self, cond: Tensor | None, plan: SamplingPlan) -> Denoiser:
+        """The model's, conditioned on labels or text, for trajectories of this plan."""
+        model, step_condition = self.model, None
+        if isinstance(model, Student):
+            step_condition = replace(model.sampling, num_steps=plan.num_steps).step_condition
+        return model.denoiser(cond, plan.guidance_rate, step_condition)
 
     @torch.no_grad()
-    def trajectory(self, x: Tensor, labels: Tensor | None, num_steps: int, callback: Callback | None = None) -> Tensor:
+    def trajectory(self, x: Tensor, cond: Tensor | None, num_steps: int, callback: Callback | None = None) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
 
         With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
         visible in a metric, and a student can learn to leave it out at no cost of its own. For `callback` see `solve`.
         """
-        sigmas = self.sigmas(num_steps)
-        denoise = self.denoiser(labels, len(sigmas))
-        states = solve(self.solver, denoise, x, sigmas, afs=self.afs, every=self.config.M + 1, callback=callback)
-        if self.config.denoise_to_zero:
+        plan, sigmas = self.plan(num_steps), self.sigmas(num_steps)
+        denoise = self.denoiser(cond, plan)
+        states = solve(plan.solver, denoise, x, sigmas, plan.afs, self.config.M + 1, callback)
+        if plan.denoise_to_zero:
             states[-1] = denoise(states[-1], x.new_full((), float(sigmas[-1])))
         return states
 

@@ -50,10 +50,6 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
     """Teacher and student of a run, and the config with what the teacher decides filled in."""
     source = load_source(config, device)
     if isinstance(source, Student):
-        if source.dataset_name != config.dataset_name:
-            raise UserError(
-                f"--model_path was distilled on {source.dataset_name}, not on --dataset_name={config.dataset_name}"
-            )
         config = follow_teacher(config, source.sampling)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
     if isinstance(source, Student):  # the first teacher, where it has no registered name, stays known
@@ -271,7 +267,7 @@ class Run:
     def _describe(self) -> None:
         config = self.config
         size = format_count(sum(p.numel() for p in self.distiller.trained))
-        nfes = [replace(self.student.sampling, num_steps=n).nfe for n in config.step_choices]
+        nfes = [config.student_plan(n).nfe for n in config.step_choices]
         self.log(
             f"{self.run_dir}: {config.dataset_name}, {size} trained parameters, NFE {span(nfes)}, {config.precision} "
             f"on {distributed.world_size()}× {self.device.type}, micro-batch {self.distiller.micro} of {config.batch}"

@@ -187,9 +187,9 @@ def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device
     sampler = student_sampler(student, num_steps, guidance_rate=1)
     prompts = choose_prompts(student, SamplerOptions())
     teacher = Teacher(load_source(config, device), config, student.sampling)
-    x, given = draw_latents(student, range(count), prompts=prompts)
-    dense = visited(lambda callback: teacher.trajectory(x, given, len(sampler.sigmas), callback)[-1])
-    sparse = visited(lambda callback: sampler.run(x, given, callback))
+    x, cond = draw_latents(student, range(count), prompts=prompts)
+    dense = visited(lambda callback: teacher.trajectory(x, cond, len(sampler.sigmas), callback)[-1])
+    sparse = visited(lambda callback: sampler.run(x, cond, callback))
     return Trajectories(dense, sparse, config.M + 1, sampler.sigmas)
 
 

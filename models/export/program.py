@@ -47,7 +47,7 @@ class StudentStep(nn.Module):
 
     def __init__(self, student: OpenedStudent) -> None:
         super().__init__()
-        self.has_text, self.guidance_rate = student.model.has_text, student.sampler.guidance_rate
+        self.has_text, self.guidance_rate = student.model.has_text, student.sampler.plan.guidance_rate
         self.net = student.net
         if isinstance(student.net, CFGPrecond):
             student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
@@ -89,7 +89,7 @@ def example_inputs(student: OpenedStudent, batch: int) -> tuple[Tensor, ...]:
         inputs.append(torch.eye(model.label_dim)[torch.arange(batch) % model.label_dim])
     if student.net.context_dim is not None:
         tokens = (row_config(get_row(model.dataset_name)).get("text") or {}).get("max_position_embeddings", 77)
-        count = 1 if student.sampler.guidance_rate == 1 else 2
+        count = 1 if student.sampler.plan.guidance_rate == 1 else 2
         inputs += torch.randn(count, batch, tokens, student.net.context_dim, generator=rng)
     return tuple(inputs)
 
@@ -135,9 +135,9 @@ def _our_step(student: OpenedStudent, inputs: tuple[Tensor, ...]) -> Tensor:
     conditions: dict[str, Any] = {"class_labels": given[0] if given else None}
     if model.has_text:
         conditions = dict(condition=given[0], unconditional_condition=given[-1])
-    conditions |= dict(guidance_rate=sampler.guidance_rate, step_condition=sampler.step_condition)
+    conditions |= dict(guidance_rate=sampler.plan.guidance_rate, step_condition=sampler.step_condition)
     denoise = partial(model.denoise, **conditions)
-    return solve(sampler.solver, denoise, x, student.steps[:2])[-1]
+    return solve(sampler.plan.solver, denoise, x, student.steps[:2])[-1]
 
 
 def _write_pt2(exported: torch.export.ExportedProgram, record: dict[str, Any], path: Path) -> Callable[..., Tensor]:

@@ -35,13 +35,13 @@ class OpenedStudent:
     @property
     def steps(self) -> Tensor:
         """Noise levels of the steps that evaluate the network, and the end, float64."""
-        return self.sampler.sigmas[int(self.sampler.afs) :]
+        return self.sampler.sigmas[int(self.sampler.plan.afs) :]
 
     @property
     def initial_scale(self) -> float:
         """Standard normal noise times this is the state at `steps[0]`; the analytical first step is part of it."""
         first, second = self.sampler.sigmas[:2].tolist()
-        return first + (second - first) * first / (1 + first**2) ** 0.5 if self.sampler.afs else first
+        return first + (second - first) * first / (1 + first**2) ** 0.5 if self.sampler.plan.afs else first
 
     @property
     def licence(self) -> str:
@@ -56,7 +56,7 @@ class OpenedStudent:
             "teacher": self.model.dataset_name,
             "licence_of_weights": self.licence,
             "num_steps": len(self.sampler.sigmas),
-            "afs": self.sampler.afs,
+            "afs": self.sampler.plan.afs,
             "sigmas": self.steps.tolist(),
             "initial_scale": self.initial_scale,
         }

@@ -144,7 +144,9 @@ def our_states(student: Any, noise: Tensor, condition: Tensor, empty: Tensor, ra
         given = dict(condition=condition, unconditional_condition=empty, guidance_rate=rate)
         return model.denoise(x, sigma, step_condition=sampler.step_condition, **given)
 
-    return solve(sampler.solver, denoise, noise * model.sigma_max, sampler.sigmas, sampler.afs)[int(sampler.afs) :]
+    return solve(sampler.plan.solver, denoise, noise * model.sigma_max, sampler.sigmas, sampler.plan.afs)[
+        int(sampler.plan.afs) :
+    ]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -516,7 +516,7 @@ def test_images_depend_on_their_seed_alone(files):
         x, given = draw_latents(sampler.model, [0, 1], prompts=sampler.prompts)
         states = sampler.run(x, given)
         text = sampler.model.conditioning(given, 7.5)
-        by_hand = solve(sampler.solver, lambda x, s: sampler.model.denoise(x, s, **text), x, sampler.sigmas)[-1]
+        by_hand = solve(sampler.plan.solver, lambda x, s: sampler.model.denoise(x, s, **text), x, sampler.sigmas)[-1]
         assert torch.equal(states, by_hand)
 
 

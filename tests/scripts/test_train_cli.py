@@ -26,14 +26,16 @@ from tiny import (
     second_stage,
     student,
     teacher,
+    tiny_network,
     train_flags,
     weights,
 )  # fmt: skip
 
-from models import load_student
+from models import load_student, load_teacher
 from torch_utils.checkpoint import read_network, read_settings, read_state
 from training import distill, loop
-from training.config import DistillConfig, micro_batch
+from training.config import DistillConfig, micro_batch, source_settings
+from training.cost import run_cost
 
 
 @pytest.fixture(autouse=True)
@@ -191,9 +193,25 @@ def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path):
     assert "NFE 3" in result.output and not list(tmp_path.iterdir())
 
 
-def test_dry_run_of_the_second_stage_with_all_solver_flags(tmp_path):
-    args = ["--is_second_stage=True", "--model_path=0", "--num_steps=3", "--M=2", "--lpips=off", "--max_order=3"]
-    assert "NFE 1" in invoke("train", EMOJI, *args, "-n").ok().output
+@pytest.mark.parametrize("source, evaluations", [("seven", 5), ("variable", 5)])
+def test_dry_run_of_the_second_stage(source, evaluations):
+    """The teacher is a student of 7 timestamps with its own AFS, whatever solver the flags name."""
+    output = second_stage(student(source), "--max_order=3", "-n").ok().output
+    assert f"Student: NFE 1; teacher: {evaluations} evaluations per trajectory" in output
+    config = DistillConfig("tiny", num_steps=3, M=2, is_second_stage=True, model_path=str(student(source)))
+    assert run_cost(config, tiny_network(), 1, source_settings(config)).teacher == evaluations
+    second_stage(student(source), "-n", M=9).refused("--num_steps=3 --M=9 sample the model at 21 timestamps")
+    second_stage("12", "-n").refused("run 12 does not exist")
+
+
+def test_teacher_evaluations_are_counted_as_they_are_made():
+    """Of every solver, by the plan and by calls of the network."""
+    for changes, count in (({}, 6), ({"sampler_tea": "heun", "denoise_to_zero": True}, 13), ({"afs": False}, 6)):
+        config = DistillConfig("tiny", M=1, model_path=str(teacher()), **changes)
+        trajectories, calls = distill.Teacher(load_teacher(None, teacher()), config, config.sampling(0.006, 80)), []
+        trajectories.model.net.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trajectories.trajectory(torch.randn(1, 3, 8, 8) * 80, None, 4)
+        assert len(calls) == trajectories.plan(4).nfe == count
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,9 @@ def test_trajectories_are_those_of_the_run(kind, num_steps):
     sampler = student_sampler(model, num_steps)
     x, _ = draw_latents(model, [0, 1])
     with torch.no_grad():
-        expected = solve(sampler.solver, model.denoise if sampler.step_condition is None else
+        expected = solve(sampler.plan.solver, model.denoise if sampler.step_condition is None else
                          lambda x, s: model.denoise(x, s, step_condition=sampler.step_condition), x, sampler.sigmas,
-                         sampler.afs)  # fmt: skip
+                         sampler.plan.afs)  # fmt: skip
     assert torch.equal(found.student, expected.flatten(2))
     assert torch.equal(found.teacher[0], x.flatten(1)) and torch.equal(found.deviation[0], torch.zeros(2))
     assert found.teacher[:: found.stride].shape == found.student.shape

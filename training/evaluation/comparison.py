@@ -9,18 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib import UserError, replacing, write_text
+from dnnlib import replacing, write_text
 from models.detectors import Detector
-from models.loading import load_teacher
 from models.model import VARIABLE_STEPS, Student
-from models.sampling import OpenedSampler, Sampler, SamplerOptions, TeacherOptions, student_sampler, teacher_sampler
+from models.sampling import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals, student_sampler
 from torch_utils import distributed
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
@@ -30,58 +29,29 @@ from .extractor import Extractor
 from .records import append_records
 from .sources import seeded_batches
 
-#: What a student is compared with, at the same small numbers of evaluations.
-TRAINING_FREE = {"euler": "Euler", "dpmpp": "DPM-Solver++"}
-TRAINING_FREE_NFES = (2, 3, 5)
-BEST = "teacher, Heun"
+#: Numbers of steps at which solvers that need no training are shown.
+STEPS = (2, 3, 5)
 PRDC = ("precision", "recall", "density", "coverage")
 INSTALL_MATPLOTLIB = "pip install matplotlib"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A sampler, what people call it, and what determines its images (JSON-serialisable)."""
-
-    label: str
-    sampler: Sampler
-    identity: dict[str, Any]
-
-    @property
-    def nfe(self) -> int:
-        return self.sampler.nfe
-
-
-def rows(student: OpenedSampler, precision: str) -> list[Row]:
-    """The teacher at its best, training-free solvers at few evaluations, and the student at every NFE that it serves.
+def samplers(student: OpenedSampler, precision: str) -> list[ComparedSampler]:
+    """The teacher at its best, training-free solvers at few steps, and the student at every NFE that it serves.
 
     Raises:
         UserError: not a student, or its teacher is not to be had.
     """
-    model = student.sampler.model
-    if not isinstance(model, Student):
-        raise UserError("--model_path is a teacher; expected the student to compare with its teacher")
-    teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
-    teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
-    choices = [(BEST, SamplerOptions(denoise_to_zero=True))]
-    for solver, label in TRAINING_FREE.items():
-        choices += [(label, SamplerOptions(num_steps=nfe + 1, solver=solver)) for nfe in TRAINING_FREE_NFES]
-    name = model.sampling.teacher_path or model.dataset_name
-    rate, prompts = student.sampler.guidance_rate, student.sampler.prompts
-    # What captions the images have is in the student's identity, for a text-conditioned one.
-    shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity} | {"precision": precision}
-    found = []
-    for label, chosen in choices:
-        options = TeacherOptions(**chosen.given(), guidance_rate=rate)
-        identity = {"model": f"teacher of {name}", **asdict(options), **shared}
-        found.append(Row(label, teacher_sampler(teacher, options, prompts), identity))
+    found = rivals(student, [(solver, steps) for solver in TRAINING_FREE for steps in STEPS])
+    model, rate = student.sampler.model, student.sampler.plan.guidance_rate
+    assert isinstance(model, Student)  # rivals refuses others
     for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):
-        identity = {**shared, **student.identity, "num_steps": n}
-        found.append(Row("student", student_sampler(model, n, rate, prompts), identity))
-    return found
+        sampler = student_sampler(model, n, rate, student.sampler.prompts)
+        found.append(ComparedSampler("student", sampler, {**student.identity, "num_steps": n}))
+    return [replace(row, identity={**row.identity, "precision": precision}) for row in found]
 
 
 def compare(
-    rows: Sequence[Row],
+    rows: Sequence[ComparedSampler],
     seeds: Sequence[int],
     reference: FeatureSet,
     nearest_k: int,
@@ -98,23 +68,30 @@ def compare(
     """
     found = []
     for row in rows:
-        key = {**facts, "sampler": {**row.identity, "nfe": row.nfe}, "N": len(seeds), "nearest_k": nearest_k}
+        key = {**facts, "sampler": {**row.identity, "nfe": row.sampler.nfe}, "N": len(seeds), "nearest_k": nearest_k}
         key |= extractor.detector.identity()
         result = distributed.on_first_rank(partial(_recorded, out, key))
         if result is None:
             batches = seeded_batches(row.sampler, seeds, None, extractor.batch)
-            made = extract(batches, extractor.detector, len(seeds), True, True, f"{row.label}, NFE {row.nfe}")
+            made = extract(batches, extractor.detector, len(seeds), True, True, f"{row.label}, NFE {row.sampler.nfe}")
             result = distributed.on_first_rank(partial(_judge, row, made, reference, extractor.detector, key, out))
         found.append(result)
     return found
 
 
 def _judge(
-    row: Row, made: FeatureSet, reference: FeatureSet, detector: Detector, key: dict[str, Any], out: Path
+    row: ComparedSampler, made: FeatureSet, reference: FeatureSet, detector: Detector, key: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     distance = frechet_distance(made.mu, made.sigma, reference.mu, reference.sigma)
     prdc = precision_recall_density_coverage(reference.features, made.features, key["nearest_k"], detector.device)
-    result = {"metric": detector.label, "value": distance, "prdc": prdc, "label": row.label, "nfe": row.nfe, **key}
+    result = {
+        "metric": detector.label,
+        "value": distance,
+        "prdc": prdc,
+        "label": row.label,
+        "nfe": row.sampler.nfe,
+        **key,
+    }
     append_records(out, [result])
     return result
 
