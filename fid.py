@@ -296,7 +296,8 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         raise UserError("--features holds the images of one evaluation; leave it or --trials out")
     if opts["dry_run"]:
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
-        plan["nfe"] = plan_sampler(model_path, opts["dataset_name"], choices).nfe
+        sampling = plan_sampler(model_path, opts["dataset_name"], choices)
+        plan["nfe"] = None if sampling is None else sampling.nfe
         show_plan(**plan, **choices.given(), detector=opts["detector"], precision=precision, device=str(device))
         return
     extractor = open_extractor(opts, opts["features"])

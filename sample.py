@@ -180,7 +180,8 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     options = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
-        plan["nfe"] = plan_sampler(model_path, dataset_name, options).nfe
+        sampling = plan_sampler(model_path, dataset_name, options)
+        plan["nfe"] = None if sampling is None else sampling.nfe
         plan.update(options.given(), precision=precision, device=str(device), outdir=opts["outdir"])
         if distributed.is_first_process():
             click.echo(json.dumps(plan, indent=2))

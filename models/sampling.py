@@ -203,9 +203,17 @@ def teacher_plan(options: SamplerOptions, guidance_rate: float) -> SamplingPlan:
     return _guided(plan, o.guidance_rate)
 
 
-def plan_sampler(model_path: str, dataset_name: str | None, options: SamplerOptions) -> SamplingPlan:
-    """How `open_sampler` would sample, from settings alone: nothing is fetched, and no weights are read."""
-    path = _model_file(model_path)
+def plan_sampler(model_path: str, dataset_name: str | None, options: SamplerOptions) -> SamplingPlan | None:
+    """How `open_sampler` would sample, from settings alone: nothing is fetched, and no weights are read.
+
+    None for a student that is not there yet.
+    """
+    try:
+        path = _model_file(model_path)
+    except UserError:
+        return None
+    if path is not None and not path.exists():
+        return None
     if path is None or is_teacher_file(path):
         return teacher_plan(options, 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate)
     settings = read_sampling(path)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,9 +37,11 @@ from tqdm import tqdm
 
 from dnnlib import one_line_errors
 from models.loading import network_spec
+from models.model import SamplingSettings
 from models.precond import EDMPrecond
 from models.registry import ROWS, DatasetSpec
 from torch_utils.checkpoint import read_network, save_network
+from training.config import DistillConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = dict(
@@ -139,6 +141,12 @@ def second_stage(source: Path, *more: str, **changes: Any) -> Result:
     stage = {"dataset_name": "tiny", "is_second_stage": True, "num_steps": 3, "M": 2, "lpips": "off"}
     with known_as_tiny():
         return invoke("train", *train_flags(source, **{**stage, **changes}), *more)
+
+
+def seven_steps(config: DistillConfig) -> SamplingSettings | None:
+    """For `source_settings`: a student of 7 timestamps that a second stage of any data set could distil."""
+    first = replace(config, num_steps=7, is_second_stage=False)
+    return first.sampling(0.006, 80) if config.is_second_stage else None
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Path:

@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from tiny import free_port, only_run, weights
+from tiny import free_port, only_run, seven_steps, weights
 
 import train
 from training.presets import families, read_presets
@@ -77,10 +76,6 @@ def test_an_unknown_preset_is_one_line(launch):
 
 @pytest.mark.parametrize("dataset_name", families())
 def test_presets_pass_a_dry_run(launch, dataset_name, monkeypatch):
-    def seven_steps(config):
-        first = replace(config, num_steps=7, is_second_stage=False)
-        return first.sampling(0.006, 80) if config.is_second_stage else None
-
     monkeypatch.setattr("training.config.source_settings", seven_steps)
     for kind, nfe in KINDS.items():
         source = ["--model_path=0"] if kind == "-1nfe" else []
