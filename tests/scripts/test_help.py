@@ -202,7 +202,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """Where all that the examples name is there: two runs, images, a teacher."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFD_CACHE", str(tmp_path / "src"))
-    for number, kind in enumerate(("plain", "seven")):
+    for number, kind in enumerate(("plain", "variable")):
         shutil.copytree(student(kind), tmp_path / "exps" / f"{number:05d}-{student(kind).name[6:]}")
     result = {"metric": "FD(x)", "value": 3.0, "label": "student", "nfe": 2, "prdc": dict.fromkeys(PRDC, 0.5)}
     (next(tmp_path.glob("exps/00000-*")) / "metrics.jsonl").write_text(json.dumps(result) + "\n")
