@@ -71,9 +71,13 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--batch", help="Total batch size, over all processes", type=click.IntRange(min=1), default=128)
 @click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
               "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
+@click.option("--optimizer", help="adam, as published; muon: Muon for weights between hidden layers, at twice "
+              "the rate, Adam for the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
 @click.option("--lr", help="Learning rate of Adam, at the start", type=POSITIVE, default=5e-5)
 @click.option("--lr_schedule", help="step: a tenth of it in the second half of the run; linear: falling to zero",
               type=click.Choice(["step", "linear"]), default="step")  # fmt: skip
+@click.option("--loss_knee", help="c of the loss c·log(1 + |d|/c); default: |d|, as published", metavar="FLOAT",
+              type=POSITIVE)  # fmt: skip
 @click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
 @click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
 @section("Student and teacher schedules")

@@ -27,6 +27,8 @@ class DistillConfig:
     batch: int = 128
     lr: float = 5e-5
     lr_schedule: str = "step"
+    optimizer: str = "adam"
+    loss_knee: float | None = None
     num_steps: int = 4
     M: int = 3
     afs: bool = True
@@ -156,7 +158,7 @@ def first_student(model_path: str | None) -> str:
 
 def check(config: DistillConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded; one clear line for each."""
-    for name in ("total_kimg", "lr", "schedule_rho", "guidance_rate"):
+    for name in ("total_kimg", "lr", "loss_knee", "schedule_rho", "guidance_rate"):
         if not math.isfinite(getattr(config, name) or 0):
             raise UserError(f"--{name}={getattr(config, name)} is not a finite number; give one")
     smallest = 3 if config.afs else 2

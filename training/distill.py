@@ -31,6 +31,7 @@ from torch_utils import distributed
 from torch_utils.device import fast_path
 
 from .config import DistillConfig, first_student
+from .optimizers import make_optimizer
 
 GRAD_LIMIT = 1e5
 EULER = get_solver("euler")
@@ -106,6 +107,12 @@ def perceptual_loss(config: DistillConfig, student: DiffusionModel) -> LPIPS | N
         raise UserError(f"{error.message}; --lpips=off trains without it") from None
 
 
+def distance(new: Tensor, target: Tensor, knee: float | None = None) -> Tensor:
+    """|d| of every element; with a knee c, c log(1 + |d|/c): |d| where d is small, and large ones weigh less."""
+    error = (new - target).abs()
+    return error if knee is None else knee * torch.log1p(error / knee)
+
+
 class Losses:
     """Running sums of the loss for every (num_steps, step), kept on the device until they are asked for."""
 
@@ -151,7 +158,9 @@ class Distiller:
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
         fused = fast_path().fused_optimizer and self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.trained, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        self.optimizer = make_optimizer(
+            config.optimizer, student, config.lr, student.img_channels, student.label_dim, fused
+        )
         self.skipped = torch.zeros((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
@@ -199,7 +208,7 @@ class Distiller:
             denoise = self.student.denoiser(label, step_condition=sampling.step_condition)
             new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
             # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
-            loss = (new - target).abs().sum() / local_batch
+            loss = distance(new, target, self.config.loss_knee).sum() / local_batch
             if lpips is not None:
                 loss = loss + lpips(new, target).sum() * (new[0].numel() / local_batch)
             if not analytical:
@@ -212,7 +221,7 @@ class Distiller:
         return new_states
 
     def _update(self, loss: Tensor) -> None:
-        """Adam, unless the loss of any rank was not finite; a fused kernel decides that without the host waiting."""
+        """A step, unless the loss of any rank was not finite; fused kernels decide that without the host waiting."""
         distributed.average_gradients(self.trained)
         bad = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
         for param in self.trained:

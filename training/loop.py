@@ -39,6 +39,7 @@ from .config import DistillConfig, follow_teacher, micro_batch, span
 from .cost import largest_micro_batch
 from .distill import Distiller, Teacher, load_source, perceptual_loss
 from .loggers import RunLogger
+from .optimizers import set_learning_rate
 from .runs import Intervals
 
 PICTURE_SEEDS = range(10)
@@ -223,8 +224,7 @@ class Run:
         noise = self._to_device(draw_noise(config.seed, iteration, config.batch, self.student.shape)[share])
         given = self._draw_conditions(iteration, share)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, iteration, rank))
-        for group in self.distiller.optimizer.param_groups:
-            group["lr"] = config.learning_rate(self.images)
+        set_learning_rate(self.distiller.optimizer, config.learning_rate(self.images))
         self.distiller.iterate(noise, given, num_steps)
         self.images += config.batch
         self._watch_skips()

@@ -93,6 +93,9 @@ EMOJI = "--dataset_name=emoji32"
         ([EMOJI, "--total_kimg=nan"], r"total_kimg"),
         ([EMOJI, "--total_kimg=inf"], r"total_kimg"),
         ([EMOJI, "--lr=nan"], r"lr"),
+        ([EMOJI, "--optimizer=sgd"], r"sgd.*adam"),
+        ([EMOJI, "--loss_knee=0"], r"loss_knee"),
+        ([EMOJI, "--loss_knee=nan"], r"loss_knee"),
         ([EMOJI, "--seed=-1"], r"seed"),
         ([EMOJI, "--nothing"], r"[Nn]o such option"),
     ],
@@ -372,6 +375,7 @@ def test_options_change_what_they_should(tmp_path):
         "order": {"M": 1, "max_order": 1}, "order3": {"M": 1}, "noise": {"M": 1, "predict_x0": False},
         "final": {"M": 1, "lower_order_final": False}, "heun": {"M": 1, "sampler_tea": "heun"}, "rho": {"schedule_rho": 5},
         "logsnr": {"schedule_type": "logsnr"}, "noafs": {"afs": False}, "denoised": {"denoise_to_zero": True},
+        "muon": {"optimizer": "muon"}, "knee": {"loss_knee": 0.1},
     }  # fmt: skip
     found = {}
     for name, changes in runs.items():

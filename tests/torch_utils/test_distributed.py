@@ -34,6 +34,7 @@ CLOSE = 1e-5
 VARIANTS = {
     "sfd": {},
     "sfd-v": {"use_step_condition": True, "M": 0},
+    "muon": {"optimizer": "muon", "loss_knee": 0.1, "M": 0},
     "classes": {"M": 0, "sampler_tea": "heun"},
 }
 
@@ -42,7 +43,7 @@ def source(variant):
     return class_teacher() if variant == "classes" else teacher()
 
 
-@pytest.mark.parametrize("variant", ["sfd", "sfd-v", pytest.param("classes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["sfd", "sfd-v", "muon", pytest.param("classes", marks=pytest.mark.slow)])
 def test_equal_weights_for_every_way_of_splitting_the_batch(variant, tmp_path):
     """Adam's first steps have the size of the rate whatever the size of the gradient, so where a gradient is as small as
     its rounding error, the step's sign is chance: a low rate keeps such steps below the bound, mistakes are above it."""

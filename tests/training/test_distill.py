@@ -1,5 +1,6 @@
 """The distillation step: recorded iterations, splitting, LPIPS, non-finite losses."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from models.detectors.lpips import LPIPS
 from models.loading import make_student
 from models.model import DiffusionModel, SamplingSettings, Student
 from training.config import DistillConfig, check, follow_teacher
-from training.distill import Distiller, Teacher, perceptual_loss
+from training.distill import Distiller, Teacher, distance, perceptual_loss
+from training.optimizers import make_optimizer
 
 GOLDEN = Golden("training_steps")
 #: As recommended: losses rtol 1e-4; states rtol 1e-4 of the largest value; parameters atol 2e-6 for 99.9 %, else 4·lr.
@@ -95,6 +97,18 @@ def _compare_parameters(name, it, params, start, lr):
         if k in params and not k.endswith("qkv.bias"):
             delta = (params[k].detach() - start[k]).norm().item()
             assert delta == pytest.approx(float(norm), rel=1e-3, abs=1e-7), k
+
+
+def test_a_knee_forgives_large_errors():
+    new, target = torch.tensor([1.0, -0.5, 1e-4, 2.0]), torch.tensor([1.0, 0.5, 0.0, -1.0])
+    assert distance(new, target).tolist() == pytest.approx([0, 1, 1e-4, 3])
+    assert distance(new, target, 0.1).tolist() == pytest.approx(
+        [0, 0.1 * math.log(11), 1e-4, 0.1 * math.log(31)], rel=1e-3
+    )
+    far = torch.tensor([0.3], requires_grad=True)
+    distance(far, torch.zeros(1), 0.1).sum().backward()
+    assert far.grad.item() == pytest.approx(0.25)  # 1 / (1 + |d|/c)
+    assert distance(new, target, 1e9).tolist() == pytest.approx([0, 1, 1e-4, 3])
 
 
 def test_micro_batches_accumulate_to_the_same_weights():
@@ -184,21 +198,22 @@ def test_lpips_is_for_the_second_stage():
     check(DistillConfig("golden", num_steps=3, M=2, is_second_stage=True))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_loss_never_reaches_weights_or_moments(poison, fused):
+def test_a_non_finite_loss_never_reaches_weights_or_moments(poison, fused, optimizer):
     distiller = make_distiller("sfd_nothr")
-    if not fused:  # as on MPS
-        distiller.optimizer = torch.optim.Adam(distiller.trained, lr=5e-5)
+    # Not fused, as on MPS.
+    distiller.optimizer = make_optimizer(optimizer, distiller.student, 5e-5, img_channels=3, fused=fused)
     distiller.iterate(GOLDEN["noise"][0], None, 4)
     before = {k: v.clone() for k, v in distiller.student.net.state_dict().items()}
-    moments = [s["exp_avg"].clone() for s in distiller.optimizer.state.values()]
+    moments = [{k: v.clone() for k, v in s.items()} for s in distiller.optimizer.state.values()]
     noise = GOLDEN["noise"][1].clone()
     noise[2, 0, 0, 0] = poison
     distiller.iterate(noise, None, 4)
     assert int(distiller.skipped) == 2  # both trained steps; the first one is analytical
     assert all(torch.equal(v, before[k]) for k, v in distiller.student.net.state_dict().items())
-    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(distiller.optimizer.state.values(), moments))
+    assert all(torch.equal(s[k], m[k]) for s, m in zip(distiller.optimizer.state.values(), moments) for k in m)
     distiller.iterate(GOLDEN["noise"][1], None, 4)
     assert int(distiller.skipped) == 2
     assert any(not torch.equal(v, before[k]) for k, v in distiller.student.net.state_dict().items())

@@ -51,13 +51,14 @@ def killed(args, cwd, at, **kwargs):
 VARIANTS = {
     "sfd": {},
     "dropout": {"dropout": 0.3},
+    "muon": {"optimizer": "muon", "loss_knee": 0.1, "M": 0},
     "sfd-v": {"use_step_condition": True, "M": 0, "dropout": 0.2},
     "accumulated": {"batch_gpu": 4, "sampler_tea": "heun", "M": 0},
 }
 
 
 @pytest.mark.parametrize(
-    "variant", ["sfd", "sfd-v", *(pytest.param(v, marks=pytest.mark.slow) for v in ("dropout", "accumulated"))]
+    "variant", ["sfd", "sfd-v", "muon", *(pytest.param(v, marks=pytest.mark.slow) for v in ("dropout", "accumulated"))]
 )
 def test_killed_run_ends_as_an_uninterrupted_one(variant, tmp_path):
     changes = VARIANTS[variant]
