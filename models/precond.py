@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dnnlib import UserError
 
+from .networks.edm2_unet import EDM2Block, EDM2UNet, MPConv, MPFourier
 from .networks.edm_unets import DhariwalUNet, SongUNet
 from .networks.guided_unet import GuidedUNet
 from .networks.layers import UNetBlock
@@ -46,7 +47,7 @@ class Precond(nn.Module):
         model: the raw network.
     """
 
-    model: SongUNet | DhariwalUNet | GuidedUNet
+    model: SongUNet | DhariwalUNet | GuidedUNet | EDM2UNet
     init_kwargs: dict[str, Any]
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False) -> None:
@@ -113,7 +114,7 @@ class Precond(nn.Module):
     def set_dropout(self, probability: float) -> None:
         """Replace the dropout probability of every block."""
         for block in self.modules():
-            if isinstance(block, UNetBlock):
+            if isinstance(block, (UNetBlock, EDM2Block)):
                 block.dropout = probability
             elif isinstance(block, nn.Dropout):
                 block.p = probability
@@ -121,11 +122,14 @@ class Precond(nn.Module):
     def freeze_unused(self) -> None:
         """Take no gradient for what distillation never evaluates."""
 
+    def normalize_weights(self) -> None:
+        """After an optimizer step: bring back the size of weights, in a network where it means nothing."""
+
     def checkpoint_gradients(self) -> None:
         """Keep only the inputs of blocks while training and compute the rest again: less memory, more time."""
-        if not isinstance(self.model, GuidedUNet):
+        if not isinstance(self.model, (GuidedUNet, EDM2UNet)):
             raise UserError(
-                "--gradient_checkpointing=True is for latent and LSUN networks; use --batch-gpu to save memory instead"
+                "--gradient_checkpointing=True is for latent, LSUN and EDM2 networks; --batch-gpu saves memory instead"
             )
         self.model.gradient_checkpointing = True
 
@@ -192,6 +196,83 @@ class EDMPrecond(Precond):
     def scalings(self, sigma: Tensor) -> Scalings:
         c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
         return c_skip, c_out, c_in, sigma.log() / 4
+
+
+class EDM2Precond(Precond):
+    """Denoiser of an EDM2 network (Karras et al. 2024, arXiv 2312.02696), in pixel space or on latents.
+
+    Args:
+        img_resolution, img_channels: size and channels of the states.
+        label_dim: number of classes, 0 for an unconditional model.
+        use_fp16: run the core in float16 where the input is on CUDA.
+        sigma_data: expected standard deviation of the data.
+        logvar_channels: width of the embedding that the uncertainty is computed from.
+        The remaining arguments are those of `EDM2UNet`.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = True,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_kwargs: Any,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self.sigma_data = sigma_data
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            use_fp16=use_fp16,
+            sigma_data=sigma_data,
+            logvar_channels=logvar_channels,
+            **unet_kwargs,
+        )
+        self.unet = EDM2UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1)
+
+    @property
+    def model(self) -> EDM2UNet:  # type: ignore[override]  # its published name is another
+        return self.unet
+
+    def freeze_unused(self) -> None:
+        self.logvar_linear.requires_grad_(False)  # it weighs the loss of the teacher's training
+
+    def normalize_weights(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, MPConv) and layer.weight.requires_grad:
+                layer.normalize()
+
+    def log_variance(self, sigma: Tensor) -> Tensor:
+        """u(σ) `[B, 1, 1, 1]`, the log variance of the denoiser's error, which its training estimates."""
+        return self.logvar_linear(self.logvar_fourier(sigma.log().flatten() / 4)).reshape(-1, 1, 1, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        step_condition: Tensor | float | None = None,
+    ) -> Tensor:
+        """As `EDMPrecond.forward`."""
+        x = x.float()
+        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
+        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
+        labels = None
+        if self.label_dim:
+            labels = torch.zeros([1, self.label_dim], device=x.device) if class_labels is None else class_labels.float()
+        raw = self.unet(
+            (x / total).to(self.core_dtype(x.device, force_fp32)),
+            sigma.log().flatten() / 4,
+            labels,
+            step_condition=_optional(step_condition, x),
+        )
+        return c_skip * x + c_out * raw.float()
 
 
 class ConsistencyPrecond(Precond):
@@ -271,7 +352,7 @@ class CFGPrecond(Precond):
 
 
 #: The denoisers that a file may describe.
-PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, ConsistencyPrecond, CFGPrecond)}
+PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond)}
 
 
 def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:

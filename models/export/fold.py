@@ -5,7 +5,8 @@ modulates by noise level, h (1 + s) + b being that layer's:
 
     (h (1 + s) + b)(1 + s') + b' = h (1 + [s (1 + s') + s']) + [b (1 + s') + b']
 
-so a student of several NFEs is exported for one of them, exactly.
+so a student of several NFEs is exported for one of them, exactly. EDM2's step condition is a part of the embedding, to
+which the exported network adds a constant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..networks.edm2_unet import EDM2UNet
 from ..networks.guided_unet import ResBlock
 from ..networks.layers import UNetBlock
 from ..precond import Precond
@@ -24,6 +26,8 @@ def fold_step_condition(net: Precond, num_steps: int) -> Precond:
     folded = type(net)(**{**net.init_kwargs, "use_step_condition": False})
     state = {name: tensor.clone() for name, tensor in net.state_dict().items() if name in folded.state_dict()}
     embedded = net.model.embed_steps(torch.tensor([float(num_steps)]), 1)
+    if isinstance(folded.model, EDM2UNet):
+        folded.model.step_shift = embedded
     for name, block in net.named_modules():
         if isinstance(block, ResBlock) and block.emb_nfe_layers is not None:
             modulation = block.emb_nfe_layers(embedded)[0]
