@@ -18,9 +18,10 @@ from torch_utils.checkpoint import check_state_dict, read_network, read_settings
 
 from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
+from .networks.edm2_unet import EDM2UNet
 from .networks.guided_unet import GuidedUNet
 from .noise import DiscreteNoise
-from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDMPrecond, Precond
+from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDM2Precond, EDMPrecond, Precond
 from .published.diffusers import is_stable_diffusion, read_stable_diffusion
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
@@ -38,7 +39,8 @@ CONFIGS = Path(__file__).parent / "configs"
 RANGES = {
     "sigma_data": (1e-6, 1e3), "dropout": (0.0, 1), "label_dropout": (0.0, 1), "linear_start": (1e-8, 0.999),
     "linear_end": (1e-8, 0.999), "timesteps": (2, 100_000), "num_res_blocks": (1, 16), "transformer_depth": (1, 16),
-    "img_resolution": (1, 1 << 14),
+    "img_resolution": (1, 1 << 14), "label_balance": (0.0, 1), "concat_balance": (0.0, 1), "res_balance": (0.0, 1),
+    "attn_balance": (0.0, 1), "clip_act": (1e-3, 1e9),
 }  # fmt: skip
 
 # How tensors of the moving average are named in the files of latent diffusion: without any dot of their own.
@@ -81,7 +83,8 @@ def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
 def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str) -> None:
     """Refuse unknown arguments, and counts that would take for ever to build."""
     known = set(inspect.signature(cls).parameters)
-    for network in NETWORKS.values() if cls is EDMPrecond else [GuidedUNet]:
+    raw = {EDMPrecond: tuple(NETWORKS.values()), EDM2Precond: (EDM2UNet,)}
+    for network in raw.get(cls, (GuidedUNet,)):
         known |= set(inspect.signature(network).parameters)
     unknown = set(arguments) - known
     blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])

@@ -1,4 +1,4 @@
-"""Files as other people publish them: pickles of EDM networks, laid out as by NVlabs/edm and the reference SFD code.
+"""Files as other people publish them: pickles of EDM networks, as by NVlabs/edm, edm2 and the reference SFD code.
 
 They are made from this project's own networks. Modules of foreign classes stand in for them while `pickle` writes or
 reads a file; these classes exist only that long.
@@ -6,6 +6,7 @@ reads a file; these classes exist only that long.
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import EDMPrecond
+from models import EDM2Precond, EDMPrecond
 
+#: Classes of EDM2 that have other names here.
+PUBLISHED_NAMES = {"EDM2Precond": "Precond", "EDM2UNet": "UNet", "EDM2Block": "Block"}
 #: Attributes of our modules that the published ones do not have, and that could not be pickled (functions).
 OWN_ATTRIBUTES = ("compute_dtype", "init_kwargs", "_block", "_resampling", "_is_box")
 
@@ -82,17 +85,17 @@ def module_dict(module: nn.ModuleDict, convert: Any) -> nn.ModuleDict:
 
 def write_edm_pickle(
     path: Path,
-    net: EDMPrecond,
+    net: EDMPrecond | EDM2Precond,
     kwargs: dict[str, Any],
     args: tuple = (),
     source: str = "",
-    class_name: str = "EDMPrecond",
+    class_name: str | None = None,
     protocol: int = 4,
     key: str = "ema",
     attributes: dict[str, Any] | None = None,
     **extra: Any,
 ) -> Path:
-    """The layout of NVlabs/edm; `kwargs` and `args` are the recorded constructor arguments.
+    """The layout of NVlabs/edm and edm2; `kwargs` and `args` are the recorded constructor arguments.
 
     `attributes` are set on the network, which is at `key`.
     """
@@ -103,7 +106,9 @@ def write_edm_pickle(
         state = published_state(module, convert)
         state.update(_init_args=args if module is net else (), _init_kwargs=kwargs if module is net else {})
         state.update((attributes or {}) if module is net else {})
-        return Persistent(class_name if module is net else type(module).__name__, state, source)
+        own_name = type(module).__name__
+        chosen = class_name if module is net and class_name is not None else PUBLISHED_NAMES.get(own_name, own_name)
+        return Persistent(chosen, state, source)
 
     with foreign_names() as classes:
         content = {
@@ -115,6 +120,20 @@ def write_edm_pickle(
         }
         path.write_bytes(pickle.dumps(content, protocol=protocol))
     return path
+
+
+def write_edm2_pickle(
+    path: Path, net: EDM2Precond, kwargs: dict[str, Any], latents: tuple | None = None, **extra: Any
+) -> Path:
+    """The layout of NVlabs/edm2: float16 tensors and the encoder, with the scale and bias of `latents`, if any."""
+    recorded: dict[str, Any] = dict(_init_args=(), _init_kwargs={})
+    encoder = Persistent("StandardRGBEncoder", recorded, "")
+    if latents is not None:
+        scale, bias = (np.array(values, np.float32) for values in latents)
+        state = dict(vae_name="stabilityai/sd-vae-ft-mse", scale=scale, bias=bias, batch_size=8, _vae=None)
+        encoder = Persistent("StabilityVAEEncoder", {**recorded, **state}, "")
+    half = copy.deepcopy(net).requires_grad_(False).to(torch.float16)
+    return write_edm_pickle(path, half, kwargs, **{"encoder": encoder, **extra})
 
 
 def write_reference_student(

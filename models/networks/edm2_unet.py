@@ -127,6 +127,8 @@ class EDM2Block(nn.Module):
         clip_act: float | None = 256,
     ) -> None:
         super().__init__()
+        if attention and out_channels % channels_per_head:
+            raise ValueError(f"{out_channels} channels do not split into heads of {channels_per_head}")
         self.in_channels, self.is_encoder, self.resample = in_channels, is_encoder, resample
         self.num_heads = out_channels // channels_per_head if attention else 0
         self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance

@@ -3,10 +3,13 @@
 EDM's files carry Python source that unpickling would run. `pickle_machine` interprets them instead; a global is looked
 up in two tables, and any that is not there is refused by name.
 
-Two layouts are read, and the networks in both are `EDMPrecond` around a `SongUNet` or a `DhariwalUNet`:
+Three layouts are read:
 
-- NVlabs/edm: `{'ema': net, ...}`. Every EDM class is pickled as a call of `_reconstruct_persistent_obj` with one dict
-  of source text (never looked at), class name and instance `__dict__`; the constructor arguments are recorded.
+- NVlabs/edm: `{'ema': net, ...}`, the network an `EDMPrecond` around a `SongUNet` or a `DhariwalUNet`. Every EDM class
+  is pickled as a call of `_reconstruct_persistent_obj` with one dict of source text (never looked at), class name and
+  instance `__dict__`; the constructor arguments are recorded.
+- NVlabs/edm2: the same, the network a `Precond` around a `UNet` in float16, here `EDM2Precond`; `encoder` says whether
+  its states are pixels, or latents and how these were scaled.
 - students of the reference SFD code: `{'model': net, ...}` with plain instances of the classes in
   `models.networks_edm`, and the settings of the training in `training_kwargs`, on the network or beside it. Where no
   constructor arguments are recorded, attributes and the tensors' names and shapes tell them.
@@ -14,6 +17,7 @@ Two layouts are read, and the networks in both are `EDMPrecond` around a `SongUN
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -26,7 +30,9 @@ from dnnlib import UserError
 
 from .pickle_machine import (
     FUNCTIONS,
+    NUMPY_ARRAY,
     STORAGE_DTYPES,
+    ArrayRecord,
     Budget,
     ClassRecord,
     Machine,
@@ -41,18 +47,28 @@ from .pickle_machine import (
 
 MAX_DEPTH = 16
 MAX_NAME = 300
-#: Arguments of EDMPrecond in their order, for files that record some by position.
-PRECOND_ARGUMENTS = [
-    "img_resolution",
-    "img_channels",
-    "label_dim",
-    "use_fp16",
-    "sigma_min",
-    "sigma_max",
-    "sigma_data",
-    "model_type",
-]
+SHARED_ARGUMENTS = ["img_resolution", "img_channels", "label_dim", "use_fp16"]
+#: Arguments of the networks in their order, for files that record some by position.
+PRECOND_ARGUMENTS = {
+    "EDMPrecond": [*SHARED_ARGUMENTS, "sigma_min", "sigma_max", "sigma_data", "model_type"],
+    "EDM2Precond": [*SHARED_ARGUMENTS, "sigma_data", "logvar_channels"],
+}
 UNREADABLE_PRECONDS = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
+#: Published classes of networks: what each is called here, where its U-Net is, and of which classes that may be.
+LAYOUTS = {
+    "EDMPrecond": ("EDMPrecond", "model", ("SongUNet", "DhariwalUNet")),
+    "Precond": ("EDM2Precond", "unet", ("UNet",)),
+}
+#: The one autoencoder whose latents published networks of EDM2 take.
+STABILITY_VAE = "stabilityai/sd-vae-ft-mse"
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """Per channel, the states of a network in a latent space are latents · scale + bias."""
+
+    scale: list[float]
+    bias: list[float]
 
 
 @dataclass(frozen=True)
@@ -60,12 +76,13 @@ class EDMPickle:
     """A network as its file describes it.
 
     Attributes:
-        class_name: class of the network, `EDMPrecond`.
+        class_name: class of the network here, `EDMPrecond` or `EDM2Precond`.
         init_kwargs: its constructor arguments by name: numbers, strings, bools, None, lists and dicts of these. They
             are the file's claim: names and sizes are for the builder to check, before it allocates.
         state_dict: float32 tensors on the CPU under their published names, in the order of `Module.state_dict`.
         training_kwargs: settings of a student of the reference, as far as they are plain values; else None.
         key: where in the file the network was, `ema` or `model`.
+        latents: how states were scaled, of a network on the latents of Stability's autoencoder; None for pixels.
     """
 
     class_name: str
@@ -73,6 +90,7 @@ class EDMPickle:
     state_dict: dict[str, Tensor]
     training_kwargs: dict[str, Any] | None
     key: str
+    latents: LatentScale | None = None
 
     @property
     def is_student(self) -> bool:
@@ -81,7 +99,7 @@ class EDMPickle:
 
 
 def read_edm_pickle(path: str | os.PathLike) -> EDMPickle:
-    """Read the network in a pickle of NVlabs/edm or of the reference SFD code; nothing in it is executed.
+    """Read the network in a pickle of NVlabs/edm, edm2 or the reference SFD code; nothing in it is executed.
 
     Raises:
         UserError: no such file, a file of another kind, one that is damaged, or one that wants to run code.
@@ -114,6 +132,8 @@ def _find_global(module: str, name: str) -> Any:
         return FUNCTIONS[module, name]
     if name in _CLASSES.get(module, ()) or (_TORCH_MODULE.fullmatch(module) and name.isidentifier()):
         return ClassRecord(module, name)
+    if (module, name) == NUMPY_ARRAY:
+        return ClassRecord(module, name)
     if module == "torch" and name in _DTYPES:
         return f"torch.{name}"
     if (module, name) == ("models.networks_edm", "CFGPrecond"):
@@ -128,9 +148,13 @@ def _describe(content: Any, budget: Budget, max_bytes: int) -> EDMPickle:
     if key is None:
         raise Refused(f"holds no network under 'ema' or 'model' but {shown(', '.join(content) or 'nothing')}")
     net = content[key]
-    unet = _check_classes(net, key)
+    class_name, unet = _check_classes(net, key)
     state_dict = _state_dict(net, max_bytes)
-    arguments = _recorded_arguments(net, budget)
+    arguments = _recorded_arguments(net, PRECOND_ARGUMENTS[class_name], budget)
+    if class_name == "EDM2Precond":
+        if arguments is None:
+            raise Refused("holds a Precond without its constructor arguments; expected a file of EDM2's training")
+        return EDMPickle(class_name, arguments, state_dict, None, key, _latent_scale(content.get("encoder")))
     if arguments is None:
         arguments = _inferred_arguments(net, unet, state_dict, budget)
     # The reference's networks have these layers whether or not they were trained with them, and do not record it.
@@ -138,21 +162,44 @@ def _describe(content: Any, budget: Budget, max_bytes: int) -> EDMPickle:
         arguments["use_step_condition"] = True
     training = content.get("training_kwargs", net.state.get("training_kwargs"))
     training = _plain_entries(training, budget) if type(training) is dict else None
-    return EDMPickle(net.class_name, arguments, state_dict, training, key)
+    return EDMPickle(class_name, arguments, state_dict, training, key)
 
 
-def _check_classes(net: Any, key: str) -> ObjectRecord:
-    """Check that `net` is of a class that can be built, and return the U-Net in it."""
-    name = net.class_name if type(net) is ObjectRecord else type(net).__name__
+def _check_classes(net: Any, key: str) -> tuple[str, ObjectRecord]:
+    """Check that `net` is of a class that can be built → what that is called here, and the U-Net in it."""
+    name = _class_of(net)
     if name in UNREADABLE_PRECONDS:
         raise Refused(f"holds a {name}, which this program does not have; expected EDMPrecond")
-    if type(net) is not ObjectRecord or name != "EDMPrecond":
-        raise Refused(f"holds a {shown(name)} under '{key}'; expected EDMPrecond")
-    unet = _child(net, "_modules", "model")
-    name = unet.class_name if type(unet) is ObjectRecord else type(unet).__name__
-    if name not in ("SongUNet", "DhariwalUNet"):
-        raise Refused(f"holds an EDMPrecond around a {shown(name)}; expected SongUNet or DhariwalUNet")
-    return unet
+    if name not in LAYOUTS:
+        raise Refused(f"holds a {shown(name)} under '{key}'; expected EDMPrecond, or EDM2's Precond")
+    own_name, child, networks = LAYOUTS[name]
+    unet = _child(net, "_modules", child)
+    if _class_of(unet) not in networks:
+        raise Refused(f"holds a {name} around a {shown(_class_of(unet))}; expected {' or '.join(networks)}")
+    return own_name, unet
+
+
+def _class_of(value: Any) -> str:
+    """The class of a module in the file; of anything else the type that it was read as."""
+    return value.class_name if type(value) is ObjectRecord else type(value).__name__
+
+
+def _latent_scale(encoder: Any) -> LatentScale | None:
+    """What EDM2 records of the way from states to pixels; a file without it is of a network in pixel space."""
+    if encoder is None or _class_of(encoder) == "StandardRGBEncoder":
+        return None
+    if _class_of(encoder) != "StabilityVAEEncoder":
+        raise Refused(f"holds a {shown(_class_of(encoder))} as its encoder; expected one for pixels or Stability's VAE")
+    found = encoder.state.get("vae_name")
+    if found != STABILITY_VAE:
+        raise Refused(f"holds a network on the latents of {shown(str(found))}; expected {STABILITY_VAE}")
+    scale, bias = (encoder.state.get(name) for name in ("scale", "bias"))
+    if type(scale) is not ArrayRecord or type(bias) is not ArrayRecord or len(scale.values) != len(bias.values):
+        raise Refused("is damaged: its encoder has no scale and bias for each channel")
+    values = [float(value) for value in (*scale.values, *bias.values)]
+    if not all(map(math.isfinite, values)) or min(map(abs, values[: len(scale.values)]), default=0) == 0:
+        raise Refused("is damaged: its encoder's scale and bias are not usable numbers")
+    return LatentScale(values[: len(scale.values)], values[len(scale.values) :])
 
 
 def _child(module: Any, *names: str) -> Any:
@@ -231,14 +278,14 @@ def _plain_entries(values: dict[str, Any], budget: Budget, names: tuple[str, ...
     return plain
 
 
-def _recorded_arguments(net: ObjectRecord, budget: Budget) -> dict[str, Any] | None:
-    """Constructor arguments by name, or None where the file does not record them."""
+def _recorded_arguments(net: ObjectRecord, order: list[str], budget: Budget) -> dict[str, Any] | None:
+    """Constructor arguments by name, those by position in this `order`; None where the file does not record them."""
     args, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
     if kwargs is None:
         return None
-    if type(args) not in (list, tuple) or type(kwargs) is not dict or len(args) > len(PRECOND_ARGUMENTS):
+    if type(args) not in (list, tuple) or type(kwargs) is not dict or len(args) > len(order):
         raise Refused("is damaged: the constructor arguments are not recorded as EDM does")
-    return _plain({**dict(zip(PRECOND_ARGUMENTS, args)), **kwargs}, budget)
+    return _plain({**dict(zip(order, args)), **kwargs}, budget)
 
 
 def _inferred_arguments(

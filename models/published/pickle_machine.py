@@ -110,6 +110,13 @@ class _NumpyType:
 
 
 @dataclass(eq=False)
+class ArrayRecord:
+    """A small `numpy.ndarray`: its numbers, in row-major order."""
+
+    values: list[int | float | bool] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class StorageRecord:
     """Bytes of the file that hold `numel` values."""
 
@@ -318,6 +325,8 @@ class Machine:
         target = self.top()
         if type(target) is ObjectRecord and type(state) is dict:
             target.state = state
+        elif type(target) is ArrayRecord and type(state) is tuple:
+            target.values = _numpy_values(self.budget, state)
         elif type(target) is not _NumpyType or type(state) is not tuple or state[1:2] not in (("<",), ("|",)):
             raise Refused("is refused: it sets the state of something that is not a module")
 
@@ -423,6 +432,25 @@ def _numpy_scalar(budget: Budget, dtype: _NumpyType, data: memoryview) -> int | 
     return dtype.layout.unpack(data)[0]
 
 
+def _numpy_array(budget: Budget, cls: ClassRecord, shape: tuple, code: memoryview) -> ArrayRecord:
+    """NumPy pickles an empty array first, and sets its values afterwards."""
+    if (cls.module, cls.name) != NUMPY_ARRAY:
+        raise Refused("is refused: an array of something that is not NumPy")
+    return ArrayRecord()
+
+
+def _numpy_values(budget: Budget, state: tuple) -> list[int | float | bool]:
+    kinds = (int, tuple, _NumpyType, bool, memoryview)
+    if tuple(map(type, state)) != kinds:
+        raise Refused("is damaged: a NumPy array of something that is not numbers")
+    _, shape, dtype, is_fortran, data = state
+    fits = len(shape) <= 8 and all(type(n) is int and 0 <= n <= len(data) for n in shape) and not is_fortran
+    if not fits or math.prod(shape) * dtype.layout.size != len(data):
+        raise Refused("is damaged: a NumPy array of another size than its values")
+    budget.spend(math.prod(shape))
+    return [number for (number,) in dtype.layout.iter_unpack(data)]
+
+
 def _ordered_dict(budget: Budget, pairs: list[Any] | None = None) -> dict[str, Any]:
     """Python 2 pickled the items as a list of pairs; Python 3 sets them afterwards."""
     pairs = pairs or []
@@ -469,6 +497,7 @@ def _storage(budget: Budget, data: memoryview) -> StorageRecord:
     return StorageRecord(content, dtype, numel)
 
 
+NUMPY_ARRAY = ("numpy", "ndarray")
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 TORCH_VERSION = 1001
 
@@ -504,6 +533,8 @@ FUNCTIONS = {
         _Function("numpy.dtype", (str,), _numpy_type, ignored=2),
         _Function("numpy.core.multiarray.scalar", (_NumpyType, memoryview), _numpy_scalar),
         _Function("numpy._core.multiarray.scalar", (_NumpyType, memoryview), _numpy_scalar),
+        _Function("numpy.core.multiarray._reconstruct", (ClassRecord, tuple, memoryview), _numpy_array),
+        _Function("numpy._core.multiarray._reconstruct", (ClassRecord, tuple, memoryview), _numpy_array),
     )
 }
 

@@ -18,15 +18,22 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from edm_pickle_files import foreign_names, randomised, write_edm_pickle, write_reference_student
+from edm_pickle_files import (
+    Persistent,
+    foreign_names,
+    randomised,
+    write_edm2_pickle,
+    write_edm_pickle,
+    write_reference_student,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from dnnlib import UserError
-from models import EDMPrecond
+from models import EDM2Precond, EDMPrecond
 from models.loading import build_network
-from models.published.edm_pickle import read_edm_pickle
+from models.published.edm_pickle import LatentScale, read_edm_pickle
 from models.published.pickle_machine import MAX_STEPS
 
 IMAGES = dict(img_resolution=16, img_channels=3)
@@ -55,6 +62,8 @@ NETS = {
         use_fp16=True,
     ),
 }
+EDM2 = dict(IMAGES, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8],
+            channels_per_head=16, dropout=0.1)  # fmt: skip
 TRAINING = dict(dataset_name="cifar10", num_steps=4, M=3, afs=True, schedule_rho=7.0, max_order=None)
 
 
@@ -134,6 +143,63 @@ def test_positional_and_numpy_constructor_arguments(tmp_path):
     assert file.init_kwargs == {**NETS["ddpmpp"], "use_fp16": False, "sigma_data": 0.5}
     assert {type(value) for value in file.init_kwargs.values()} == {int, str, list, float, bool}
     assert_same(file, net)
+
+
+@pytest.mark.parametrize("latents", [None, ([0.12, 0.11, 0.13], [-0.7, 0, 0.5])], ids=["pixels", "latents"])
+def test_edm2(tmp_path, audit, latents):
+    net, canary = randomised(EDM2Precond(**EDM2)), tmp_path / "canary"
+    source = f"open({str(canary)!r}, 'w')"
+    path = write_edm2_pickle(tmp_path / "net.pkl", net, EDM2, latents, source=source)
+    with audit as events:
+        file = read_edm_pickle(path)
+    assert not events and not canary.exists() and source.encode() in path.read_bytes()
+    assert (file.class_name, file.key, file.is_student, file.init_kwargs) == ("EDM2Precond", "ema", False, EDM2)
+    if latents is None:
+        assert file.latents is None
+    else:
+        assert file.latents == LatentScale(*(np.float32(values).tolist() for values in latents))
+    net.load_state_dict({name: tensor.half().float() for name, tensor in net.state_dict().items()})
+    assert_same(file, net)
+
+
+def test_edm2_without_an_encoder_is_in_pixel_space(tmp_path):
+    net = EDM2Precond(**EDM2)
+    kwargs = {name: value for name, value in EDM2.items() if name not in ("img_resolution", "img_channels")}
+    file = read_edm_pickle(write_edm2_pickle(tmp_path / "net.pkl", net, kwargs, args=(16, 3), encoder=None))
+    assert file.latents is None and file.init_kwargs == EDM2
+
+
+def array(value):
+    return np.array(value, np.float32)
+
+
+@pytest.mark.parametrize("encoder, match", [
+    (Persistent("FluxEncoder", {}, ""), "holds a FluxEncoder as its encoder"),
+    ([1], "holds a list as its encoder"),
+    (Persistent("StabilityVAEEncoder", {"vae_name": "a/b"}, ""), "on the latents of a/b; expected stabilityai/sd-vae"),
+    (dict(scale=array([1, 2]), bias=array([1])), "no scale and bias for each channel"),
+    (dict(scale=[1.0], bias=[1.0]), "no scale and bias for each channel"),
+    (dict(scale=array([0]), bias=array([1])), "scale and bias are not usable"),
+    (dict(scale=array([np.inf]), bias=array([1])), "scale and bias are not usable"),
+    (dict(scale=np.array(["a"]), bias=array([1])), "NumPy values of type U1"),
+    (dict(scale=np.ones([2, 2], order="F"), bias=array([1])), "array of another size"),
+])  # fmt: skip
+def test_unusable_encoders_of_edm2(tmp_path, encoder, match):
+    if isinstance(encoder, dict):
+        encoder = Persistent("StabilityVAEEncoder", {"vae_name": "stabilityai/sd-vae-ft-mse", **encoder}, "")
+    refused(write_edm2_pickle(tmp_path / "net.pkl", EDM2Precond(**EDM2), EDM2, encoder=encoder), match)
+
+
+def test_arrays_are_numpys_and_as_large_as_they_say(tmp_path):
+    path = write_edm2_pickle(tmp_path / "net.pkl", EDM2Precond(**EDM2), EDM2, ([1.0] * 4, [0.5] * 4))
+    content, data = path.read_bytes(), array([0.5] * 4).tobytes()
+    assert content.count(b"\x10" + data) == 1
+    path.write_bytes(content.replace(b"\x10" + data, b"\x10" + data[:12] + b"\x00\x00\xc0\x7f"))  # nan
+    refused(path, "scale and bias are not usable")
+    path.write_bytes(content.replace(b"K\x04\x85", b"K\x05\x85"))
+    refused(path, "array of another size")
+    path.write_bytes(content.replace(b"ndarray", b"ndarrai"))
+    refused(path, r"numpy\.ndarrai is neither")
 
 
 @pytest.mark.parametrize("step", [False, True])
