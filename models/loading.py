@@ -294,6 +294,7 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student
     if unexpected or any("step" not in name and "nfe" not in name for name in missing):
         raise ValueError("the student's network must be the teacher's, with or without step-condition layers")
     net.freeze_unused()
+    net.normalize_weights()
     return Student(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
 
 

@@ -249,30 +249,11 @@ class EDM2Precond(Precond):
 
     def log_variance(self, sigma: Tensor) -> Tensor:
         """u(σ) `[B, 1, 1, 1]`, the log variance of the denoiser's error, which its training estimates."""
-        return self.logvar_linear(self.logvar_fourier(sigma.log().flatten() / 4)).reshape(-1, 1, 1, 1)
+        return _spread(self.logvar_linear(self.logvar_fourier(self.scalings(sigma.flatten())[3])).flatten())
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        force_fp32: bool = False,
-        step_condition: Tensor | float | None = None,
-    ) -> Tensor:
-        """As `EDMPrecond.forward`."""
-        x = x.float()
-        sigma = _on_device(sigma, x).reshape(-1, 1, 1, 1)
-        c_skip, c_out, total = _edm_scales(sigma, self.sigma_data)
-        labels = None
-        if self.label_dim:
-            labels = torch.zeros([1, self.label_dim], device=x.device) if class_labels is None else class_labels.float()
-        raw = self.unet(
-            (x / total).to(self.core_dtype(x.device, force_fp32)),
-            sigma.log().flatten() / 4,
-            labels,
-            step_condition=_optional(step_condition, x),
-        )
-        return c_skip * x + c_out * raw.float()
+    def scalings(self, sigma: Tensor) -> Scalings:
+        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
+        return c_skip, c_out, c_in, sigma.log() / 4
 
 
 class ConsistencyPrecond(Precond):

@@ -233,4 +233,5 @@ class Distiller:
             self.optimizer.step()
         elif not bad.item():
             self.optimizer.step()
+        self.student.net.normalize_weights()
         self.skipped += bad
