@@ -329,7 +329,7 @@ def train_defaults() -> dict:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"class": ["CFGPrecond"]}, "expected EDMPrecond, ConsistencyPrecond, CFGPrecond"),
+    ({"class": ["CFGPrecond"]}, "expected EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond"),
     ({"class": "EDMPrecond"}, "unknown arguments: .*linear_start"),
     ({"timesteps": 10**9}, "timesteps 1000000000; expected 2 to 100000"),
     ({"timesteps": 1000.5}, "timesteps 1000.5"),
