@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,35 @@ import click
 import numpy as np
 from numpy.typing import ArrayLike
 
-import sample
 from dnnlib import UserError, make_folder, one_line_errors
-from dnnlib.options import Group, offline_option, section
-from models.detectors import NAMES, Detector, load_detector
-from models.detectors.inception import RESIZES
+from dnnlib.options import Group, section
+from models.detectors import Detector
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler, plan_sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
-from torch_utils.device import (
-    PRECISIONS,
-    configure_backends,
-    device_option,
-    pick_device,
-    pick_precision,
-    precision_option,
-)
+from torch_utils.device import PRECISIONS, pick_device, pick_precision, precision_option
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.kernel import kernel_distance
 from training.evaluation import comparison
+from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
 from training.evaluation.extractor import Extractor
 from training.evaluation.records import append_records
-from training.evaluation.sources import REFERENCES, fingerprint, locate, seeded_batches, split_blocks
+from training.evaluation.sources import REFERENCES, Source, open_images, open_reference, seeded_batches, split_blocks
+from training.options import (
+    describe_seeds,
+    detector_options,
+    images_option,
+    machine_options,
+    parse_npz,
+    parse_seeds,
+    record_options,
+    sample_options,
+    sampler_options,
+    seed_blocks,
+    solver_options,
+)
 
 METRICS = ("fid", "kid")
 REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
@@ -52,7 +56,7 @@ def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Options that several commands share
+# Options of several commands
 
 
 def parse_ints(context: click.Context | None, param: click.Parameter, value: str) -> list[int]:
@@ -70,62 +74,9 @@ def parse_metrics(context: click.Context | None, param: click.Parameter, value: 
     return names
 
 
-def options(*decorators: Callable) -> Callable:
-    """Several click options as one decorator, in this order."""
-
-    def decorate(command: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-detector_options = options(
-    click.option("--detector", help=f"Feature network: {', '.join(NAMES)}, a local .pth, or a TorchScript .pt",
-                 metavar="NAME|PATH", default="inception"),
-    click.option("--resize", help="How Inception gets its 299 pixels: tf1 (EDM, StyleGAN), or as pytorch-fid",
-                 type=click.Choice(RESIZES), default="tf1"),
-    click.option("--detector-runs-code", help="Allow a TorchScript --detector, which is a program", is_flag=True),
-)  # fmt: skip
-machine_options = options(
-    click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
-    click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
-    device_option,
-    offline_option,
-    click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True),
-)
 metrics_option = click.option(
     "--metrics", help="List of " + ", ".join(METRICS), metavar="LIST", default="fid", callback=parse_metrics
 )
-record_options = options(
-    click.option("--desc", help="Text for the record", metavar="STR"),
-    click.option("--features", help="Keep the features of the images here; used again if they fit", metavar="NPZ"),
-    click.option("--out", help="File that gets a JSON line for each metric", metavar="JSONL", default="metrics.jsonl"),
-)
-
-
-def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
-    """Join the process group, set the backends up and load the detector that the options name."""
-    device = pick_device(opts["device"], distributed.local_rank())
-    configure_backends()
-    distributed.init(device)
-    detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
-    if features is not None and not features.endswith(".npz"):
-        raise UserError(f"--features={features} is not a name ending in .npz; choose one that is")
-    return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
-
-
-def say(line: str) -> None:
-    """Print a remark on rank 0, apart from the results."""
-    if distributed.rank() == 0:
-        click.echo(line, err=True)
-
-
-def show_plan(**plan: Any) -> None:
-    if distributed.is_first_process():
-        click.echo(json.dumps(plan, indent=2))
-
 
 # ------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -165,16 +116,22 @@ def show(result: dict[str, Any]) -> None:
 def finish(
     sets: Sequence[FeatureSet],
     reference: FeatureSet,
-    ref_path: Path,
+    source: Source,
     extractor: Extractor,
     record: dict[str, Any],
     opts: dict[str, Any],
 ) -> None:
-    """Compute, print and write every metric on rank 0, and leave the process group."""
+    """Compute, print and write every metric on rank 0, and leave the process group.
+
+    Args:
+        sets: one for every trial.
+        source: what the reference was read from.
+        record: what else belongs to every record.
+    """
     detector, count = extractor.detector, sets[0].count
 
     def work() -> None:
-        facts = {"N": count, **record, "reference_sha256": fingerprint(ref_path), "reference_N": reference.count}
+        facts = {"N": count, **record, "reference_sha256": source.fingerprint(), "reference_N": reference.count}
         found = []
         for metric in opts["metrics"]:
             if metric == "fid" and count is not None and count <= detector.dim:
@@ -201,8 +158,7 @@ def main() -> None:
 
 @main.command()
 @section("What to compare")
-@click.option("--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
-              required=True)  # fmt: skip
+@images_option
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
 @click.option("--num", help="Images to use, chosen by --seed; default: all", type=click.IntRange(min=2))
 @click.option("--seed", help="Choice of --num images; several make as many trials", metavar="LIST", default="0",
@@ -224,24 +180,30 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
       python fid.py calc --images=samples/ --ref=cifar10
       python fid.py calc --images=samples.zip --ref=my-dataset.zip --metrics=fid,kid --detector=efficientnet-lite0
     """
-    if opts["dry_run"]:
-        show_plan(images=images, ref=ref, num=num, seed=seed, trials=trials, metrics=opts["metrics"],
-                  detector=opts["detector"])  # fmt: skip
-        return
-    extractor = open_extractor(opts, opts["features"])
-    ref_path = distributed.on_first_rank(lambda: locate(ref))
     keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
-    blocks = split_blocks(extractor.count(Path(images)), num, seed, trials)
-    reference = extractor.reference(ref_path, keep, moments)
-    sets = extractor.blocks(Path(images), blocks, keep, moments)
-    finish(sets, reference, ref_path, extractor, dict(images=images, seed=seed, reference=ref), opts)
+    plan = {"images": images, "num": num, "seed": seed, "trials": trials, "ref": ref}
+    plan |= {"metrics": opts["metrics"], "detector": opts["detector"]}
+    if opts["dry_run"] and (missing := missing_paths(images, ref)):
+        return show_plan(**plan, missing=missing)
+    source, open_ref = open_images(images), open_reference(ref, statistics=not keep)
+    blocks = split_blocks(len(source), num, seed, trials)
+    check(source)
+    if opts["dry_run"]:
+        return show_plan(**plan | {"found": len(source), "num": len(blocks[0])})
+    extractor = open_extractor(opts, opts["features"])
+    real = open_ref()
+    check(real)
+    reference = extractor.reference(real, keep, moments)
+    sets = extractor.describe(source, blocks, keep, moments)
+    finish(sets, reference, real, extractor, dict(images=images, seed=seed, reference=ref), opts)
 
 
 @main.command()
 @section("What to describe")
 @click.option("--data", help="Folder, zip or npz of images", metavar="PATH", required=True)
-@click.option("--dest", help="Where to write mu and sigma", metavar="NPZ", required=True)
-@click.option("--features", help="Keep the features too, for kid and prdc.py; used again if it fits", metavar="NPZ")
+@click.option("--dest", help="Where to write mu and sigma", metavar="NPZ", required=True, callback=parse_npz)
+@click.option("--features", help="Keep the features too, for kid and prdc.py; used again if it fits", metavar="NPZ",
+              callback=parse_npz)  # fmt: skip
 @section("How")
 @detector_options
 @section("Machine")
@@ -253,22 +215,24 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
     Examples:
       python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
     """
-    if not dest.endswith(".npz"):
-        raise UserError(f"--dest={dest} is not a name ending in .npz; choose one that is")
+    plan = {"data": data, "dest": dest, "features": features, "detector": opts["detector"], "resize": opts["resize"]}
+    if opts["dry_run"] and (missing := missing_paths(data)):
+        return show_plan(**plan, missing=missing)
+    source = open_images(data)
+    check(source)
     if opts["dry_run"]:
-        show_plan(data=data, dest=dest, features=features, detector=opts["detector"], resize=opts["resize"])
-        return
+        return show_plan(**plan, found=len(source))
     extractor = open_extractor(opts, features)
-    count = extractor.count(Path(data))
-    found = extractor.blocks(Path(data), [np.arange(count)], keep=False)[0]
-    meta = {"num": count, **extractor.detector.identity()}
+    found = extractor.describe(source, [np.arange(len(source))], keep=False)[0]
+    meta = {"num": len(source), **extractor.detector.identity()}
     distributed.on_first_rank(lambda: write_arrays(dest, meta, mu=found.mu, sigma=found.sigma))
-    say(f"Wrote mu and sigma of {count} images to {dest}")
+    say(f"Wrote mu and sigma of {len(source)} images to {dest}")
     distributed.shutdown()
 
 
 @main.command()
-# The options of sample.py are added below.
+@sample_options
+@solver_options
 @section("What to compare")
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
 @click.option("--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(min=1), default=1)
@@ -290,22 +254,24 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
-    choices = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
+    choices = sampler_options(opts)
     blocks = seed_blocks(seeds, trials)
     if trials > 1 and opts["features"]:
         raise UserError("--features holds the images of one evaluation; leave it or --trials out")
+    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
     if opts["dry_run"]:
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
         sampling = plan_sampler(model_path, opts["dataset_name"], choices)
         plan["nfe"] = None if sampling is None else sampling.nfe
-        show_plan(**plan, **choices.given(), detector=opts["detector"], precision=precision, device=str(device))
-        return
-    extractor = open_extractor(opts, opts["features"])
+        plan |= {**choices.given(), "detector": opts["detector"], "precision": precision, "device": str(device)}
+        return show_plan(**plan, missing=missing_paths(ref))
+    open_ref = open_reference(ref, statistics=not keep)
     opened = open_sampler(model_path, opts["dataset_name"], choices, device, PRECISIONS[precision])
     opened.sampler.model.check_class(class_index)
-    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
-    ref_path = distributed.on_first_rank(lambda: locate(ref))
-    reference = extractor.reference(ref_path, keep, moments)
+    extractor = open_extractor(opts, opts["features"])
+    real = open_ref()
+    check(real)
+    reference = extractor.reference(real, keep, moments)
     identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
 
     def compute(block: list[int], keep: bool, moments: bool) -> FeatureSet:
@@ -315,18 +281,18 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     if extractor.cache is None:
         sets = [compute(block, keep, moments) for block in blocks]
     else:
-        source = {"sampler": identity, "seeds": describe_seeds(seeds)}
-        features = extractor.cached(extractor.cache, source, lambda: compute(seeds, True, False))
+        made_of = {"sampler": identity, "seeds": describe_seeds(seeds)}
+        features = extractor.cached(extractor.cache, made_of, lambda: compute(seeds, True, False))
         sets = [FeatureSet.from_features(features, moments)]
     record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds), reference=ref)
-    finish(sets, reference, ref_path, extractor, record, opts)
+    finish(sets, reference, real, extractor, record, opts)
 
 
 @main.command()
 @section("What to compare")
 @click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
 @click.option("--seeds", help="Random seeds, one image each, for every sampler", metavar="LIST", default="0-1999",
-              callback=sample.parse_seeds)  # fmt: skip
+              callback=parse_seeds)  # fmt: skip
 @click.option("--ref", help="Reference images or their features; emoji32 for those of this program", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
@@ -353,17 +319,19 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
         raise UserError(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
     place = Path(outdir) if outdir else find_student(model_path).parent
     if opts["dry_run"]:
-        show_plan(model_path=model_path, images=len(seeds), ref=ref, outdir=str(place), detector=opts["detector"],
-                  precision=precision, device=str(device))  # fmt: skip
-        return
-    extractor = open_extractor(opts)
+        return show_plan(model_path=model_path, images=len(seeds), ref=ref, outdir=str(place),
+                         detector=opts["detector"], precision=precision, device=str(device),
+                         missing=missing_paths(ref))  # fmt: skip
+    open_ref = open_reference(ref, statistics=False)
+    distributed.on_first_rank(lambda: make_folder(place, "--outdir"))
     student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
     rows = comparison.samplers(student, precision)
-    distributed.on_first_rank(lambda: make_folder(place, "--outdir"))
-    ref_path = distributed.on_first_rank(lambda: locate(ref))
-    reference = extractor.reference(ref_path, keep=True)
+    extractor = open_extractor(opts)
+    real = open_ref()
+    check(real)
+    reference = extractor.reference(real, keep=True)
     facts = {"seeds": describe_seeds(seeds), "reference": ref, "reference_N": reference.count}
-    facts["reference_sha256"] = distributed.on_first_rank(lambda: fingerprint(ref_path))
+    facts["reference_sha256"] = distributed.on_first_rank(real.fingerprint)
     results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl")
 
     def show_all() -> None:
@@ -373,27 +341,6 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
 
     distributed.on_first_rank(show_all)
     distributed.shutdown()
-
-
-def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
-    """The seeds, and the same pattern shifted past its end for every further trial."""
-    step = max(seeds) - min(seeds) + 1
-    if max(seeds) + (trials - 1) * step > sample.MAX_SEED:
-        raise UserError(f"--trials={trials} runs past the last seed, {sample.MAX_SEED}; use lower --seeds")
-    return [[seed + t * step for seed in seeds] for t in range(trials)]
-
-
-def describe_seeds(seeds: list[int]) -> str:
-    """`0-4999`, or the whole list where it has gaps."""
-    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        return f"{seeds[0]}-{seeds[-1]}"
-    return ",".join(map(str, seeds))
-
-
-# A sampler is described as on the command line of sample.py.
-_DESCRIPTION = {"model_path", "dataset_name", "seeds", "class_index", "prompt"}
-_DESCRIPTION |= set(SamplerOptions.__dataclass_fields__)
-gen.params[:0] = [param for param in sample.main.params if param.name in _DESCRIPTION]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,11 +12,15 @@ from numpy.typing import ArrayLike
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import Group, section
-from fid import detector_options, machine_options, open_extractor, record_options, show_plan
 from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
+from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
 from training.evaluation.records import append_records
-from training.evaluation.sources import fingerprint, locate, split_blocks
+from training.evaluation.sources import StoredStatistics, open_images, open_reference, split_blocks
+from training.options import detector_options, images_option, machine_options, record_options
+
+#: Images of each set, where there are so many.
+DEFAULT_NUM = 5000
 
 
 def compute_prdc(
@@ -41,12 +44,11 @@ def main() -> None:
 
 @main.command()
 @section("What to compare")
-@click.option("--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
-              required=True)  # fmt: skip
+@images_option
 @click.option("--images_ref", help="Real images, given alike; or emoji32 for those of this program", metavar="PATH",
               required=True)  # fmt: skip
-@click.option("--num", help="Images to use of each set, chosen by --seed; a smaller reference is used whole",
-              type=click.IntRange(min=2), default=5000)  # fmt: skip
+@click.option("--num", help="Images to use of each set, chosen by --seed; a smaller reference is used whole; "
+              "default: 5000, or all where there are fewer", type=click.IntRange(min=2))  # fmt: skip
 @click.option("--seed", help="Choice of the images", type=click.IntRange(min=0), default=0)
 @section("How")
 @click.option("--nearest_k", help="Neighbours that a ball reaches to", type=click.IntRange(min=1), default=5)
@@ -55,29 +57,40 @@ def main() -> None:
 @record_options
 @section("Machine")
 @machine_options
-def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **opts: Any) -> None:
+def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: int, **opts: Any) -> None:
     """Compare images with reference images.
 
     \b
     Examples:
       python prdc.py calc --images=samples/ --images_ref=cifar10-32x32.zip
-      torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --num=50000
+      torchrun --standalone --nproc_per_node=4 -- prdc.py calc --images=samples.zip --images_ref=data/ --nearest_k=3
     """
-    if num <= nearest_k:
+    if num is not None and num <= nearest_k:
         raise UserError(f"--num={num} is too few for --nearest_k={nearest_k}; give at least {nearest_k + 1}")
+    plan = {"images": images, "images_ref": images_ref, "num": num, "seed": seed, "nearest_k": nearest_k}
+    if opts["dry_run"] and (missing := missing_paths(images, images_ref)):
+        return show_plan(**plan, detector=opts["detector"], missing=missing)
+    source, open_ref = open_images(images), open_reference(images_ref, statistics=False)
+    check(source)
+    count = min(DEFAULT_NUM, len(source)) if num is None else num
+    if num is None and count < DEFAULT_NUM:
+        say(f"{images} has {count} images: all are used; compare the numbers only with those of {count} images")
+    if count <= nearest_k:
+        raise UserError(f"{images} has {count} images, too few for --nearest_k={nearest_k}")
+    blocks = split_blocks(len(source), count, [seed], trials=1)
     if opts["dry_run"]:
-        show_plan(images=images, images_ref=images_ref, num=num, seed=seed, nearest_k=nearest_k,
-                  detector=opts["detector"])  # fmt: skip
-        return
+        return show_plan(**plan | {"num": count}, detector=opts["detector"], found=len(source))
     extractor = open_extractor(opts, opts["features"])
-    ref_path = distributed.on_first_rank(lambda: locate(images_ref))
-    blocks = split_blocks(extractor.count(Path(images)), num, [seed], trials=1)
-    ref_count = extractor.count(ref_path)
-    ref_block = split_blocks(ref_count, min(num, ref_count), [seed], trials=1)[0]
-    if len(ref_block) <= nearest_k:
+    real_source = open_ref()
+    if isinstance(real_source, StoredStatistics):
+        raise UserError(f"{images_ref} holds statistics of images; expected images or their features")
+    check(real_source)
+    ref_count = min(count, len(real_source))
+    if ref_count <= nearest_k:
         raise UserError(f"{images_ref} has {ref_count} images, too few for --nearest_k={nearest_k}")
-    fake = extractor.blocks(Path(images), blocks, keep=True, moments=False)[0]
-    real = extractor.without_cache().blocks(ref_path, [ref_block], keep=True, moments=False)[0]
+    fake = extractor.describe(source, blocks, keep=True, moments=False)[0]
+    chosen = split_blocks(len(real_source), ref_count, [seed], trials=1)
+    real = extractor.without_cache().describe(real_source, chosen, keep=True, moments=False)[0]
 
     def work() -> None:
         values = compute_prdc(real.features, fake.features, nearest_k, extractor.detector.device)
@@ -86,7 +99,7 @@ def calc(images: str, images_ref: str, num: int, seed: int, nearest_k: int, **op
         published = extractor.detector.label == "FID"
         facts = dict(metric="PRDC" if published else f"PRDC({extractor.detector.name})", value=values, N=fake.count,
                      images=images, seed=seed, nearest_k=nearest_k, reference=images_ref, reference_N=real.count,
-                     reference_sha256=fingerprint(ref_path), desc=opts["desc"])  # fmt: skip
+                     reference_sha256=real_source.fingerprint(), desc=opts["desc"])  # fmt: skip
         append_records(opts["out"], [{**facts, **extractor.detector.identity()}])
 
     distributed.on_first_rank(work)

@@ -6,7 +6,6 @@ import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, offline_option, section
-from models.registry import ROWS
-from models.sampling import ComparedSampler, OpenedSampler, Sampler, SamplerOptions, open_sampler, plan_sampler, rivals
-from solvers import SCHEDULES, SOLVERS
+from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
 from torch_utils.device import (
     PRECISIONS,
@@ -32,23 +29,10 @@ from torch_utils.device import (
 )
 from torch_utils.image_writer import ImageWriter
 from torch_utils.images import draw_grid, save_picture, square_rows
+from training.options import dry_run_option, sample_options, sampler_options, solver_options
 
-MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
 #: Height of a line of text in a picture, in pixels.
 LABEL = 16
-
-
-def parse_seeds(context: click.Context | None, param: click.Parameter | None, value: str) -> list[int]:
-    """`0,3,10-12` → [0, 3, 10, 11, 12]; duplicates are dropped, the order is kept."""
-    seeds: dict[int, None] = {}
-    for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
-        first = int(match[1]) if match else 0
-        last = int(match[2]) if match and match[2] else first
-        if not match or not first <= last <= MAX_SEED or len(seeds) + last - first >= MAX_RANGE:
-            raise UserError(f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10")
-        seeds.update(dict.fromkeys(range(first, last + 1)))
-    return list(seeds)
 
 
 def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, writer: ImageWriter) -> int:
@@ -121,23 +105,7 @@ def write_comparison(
 
 
 @click.command(cls=Command)
-@section("What to sample")
-@click.option("--model_path", help="Student: file, run directory or run number; `teacher`: of --dataset_name; or the "
-              "file of a teacher of your own", metavar="PATH", required=True)  # fmt: skip
-@click.option(
-    "--dataset_name",
-    help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS),
-    metavar="NAME",
-)
-@click.option(
-    "--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63", callback=parse_seeds
-)
-@click.option("--class", "class_index", help="Class of all images; default: random by seed", type=click.IntRange(min=0))
-@click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT")
-@click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
-              "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV")  # fmt: skip
-@click.option("--guidance_rate", help="Classifier-free guidance of a text-conditioned model, 1 for none; default: the "
-              "rate that the student records, the teacher's 7.5", type=float)  # fmt: skip
+@sample_options
 @section("Where to")
 @click.option(
     "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
@@ -146,24 +114,13 @@ def write_comparison(
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
 @click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
               type=bool, default=False)  # fmt: skip
-@section("Student")
-@click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int)
-@section("Teacher")
-@click.option("--solver", help="Teacher: solver; default: heun", type=click.Choice(SOLVERS))
-@click.option("--max_order", help="Teacher: order of a multistep solver", type=int)
-@click.option("--predict_x0", help="Teacher: DPM-Solver++ predicts the data; default: True", type=bool)
-@click.option("--lower_order_final", help="Teacher: DPM-Solver++ lowers its last orders; default: True", type=bool)
-@click.option("--thresholding", help="Teacher: dynamic thresholding; default: False", type=bool)
-@click.option("--schedule_type", help="Teacher: time schedule; default: polynomial", type=click.Choice(SCHEDULES))
-@click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float)
-@click.option("--afs", help="Teacher: analytical first step; default: False", type=bool)
-@click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False", type=bool)
+@solver_options
 @section("Machine")
 @click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
 @precision_option
 @device_option
 @offline_option
-@click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
+@dry_run_option
 def main(model_path: str, dataset_name: str | None, seeds: list[int], class_index: int | None, **opts: Any) -> None:
     """Sample images from a student, or from a teacher with any solver, one for each seed.
 
@@ -177,7 +134,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
-    options = SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
+    options = sampler_options(opts)
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
         sampling = plan_sampler(model_path, dataset_name, options)

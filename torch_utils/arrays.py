@@ -1,46 +1,105 @@
-"""`.npz` files of statistics and features: read without executing anything, written all or nothing."""
+"""`.npz` files of images, features and statistics: read without executing anything, written all or nothing.
+
+An `.npz` is a zip archive of arrays, each with a header that says its type and shape. Headers are read first: what is
+not asked for stays packed, and what would unpack to far more than the file holds is refused before it does.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dnnlib import UserError, replacing
+from dnnlib import UserError, first_line, replacing
 
 #: What zipfile and its decompressors raise on a damaged or unsupported archive.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
-
-
-#: What numpy raises on a damaged `.npz`.
+#: What numpy raises on a damaged array.
 NO_ARRAYS = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, MemoryError, tokenize.TokenError,
              *UNREADABLE)  # fmt: skip
+#: An array may unpack to so many bytes, or to so many times the size of the whole file.
+FREE_BYTES, MOST_RATIO = 1 << 28, 64
+#: Bytes of the JSON beside the arrays.
+MOST_META = 1 << 24
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file, nothing unpickled."""
+@dataclass(frozen=True)
+class Header:
+    """What an array is, without its values."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def is_images(self) -> bool:
+        """Whether these are images, uint8 `[N, H, W]` or `[N, H, W, 1 or 3]`."""
+        return self.dtype == np.uint8 and len(self.shape) in (3, 4) and self.shape[3:] in ((), (1,), (3,))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def read_headers(path: str | Path) -> dict[str, Header]:
+    """Type and shape of every array in an `.npz` file.
+
+    Raises:
+        UserError: missing, damaged, no `.npz`, or two arrays of one name.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            found = {member.filename.removesuffix(".npy"): _read_header(archive, member, path) for member in members}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected an .npz file, a folder or a zip archive") from None
+    except NO_ARRAYS as error:
+        raise UserError(f"{path} is not a readable .npz file ({first_line(error)})") from None
+    if len(found) < len(members):
+        raise UserError(f"{path} holds two arrays of one name; make it again")
+    return found
+
+
+def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | Path) -> Header:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} is in version {version} of the format")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds objects, which are programs")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} does not hold the {dtype} {list(shape)} that it announces")
+    if member.file_size > max(FREE_BYTES, MOST_RATIO * Path(path).stat().st_size):
+        raise ValueError(f"{member.filename} unpacks to {member.file_size} bytes, far more than the file has")
+    return Header(dtype, shape)
+
+
+def read_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of these names that an `.npz` file has (None: all), nothing unpickled."""
+    chosen = [name for name in read_headers(path) if names is None or name in names]
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected an .npz file") from None
+            return {name: file[name] for name in chosen}
     except NO_ARRAYS as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is not a readable .npz file ({reason[0][:120]})") from None
+        raise UserError(f"{path} is not a readable .npz file ({first_line(error)})") from None
 
 
 def read_meta(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The JSON that this program writes beside its arrays; empty for files of others."""
     try:
-        meta = json.loads(str(arrays["meta"]))
+        text = arrays["meta"]
+        meta = json.loads(str(text)) if text.nbytes <= MOST_META else None
         return meta if isinstance(meta, dict) else {}
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return {}
 
 
@@ -50,25 +109,3 @@ def write_arrays(path: str | Path, meta: dict[str, Any], **arrays: np.ndarray) -
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **content)
-
-
-def names_in(path: str | Path) -> list[str]:
-    """Names of the arrays in an `.npz` file, read from its directory alone."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected an .npz file, a folder or a zip archive") from None
-    except (*UNREADABLE, ValueError):
-        raise UserError(f"{path} is not a readable .npz file; it is truncated or something else") from None
-
-
-def check_moments(mu: np.ndarray, sigma: np.ndarray, dim: int, path: str | Path) -> None:
-    """Refuse statistics of another detector, and numbers that are not finite."""
-    if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise UserError(
-            f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}, the detector has {dim} features; "
-            "choose the --detector they were made with, or make them again with fid.py ref"
-        )
-    if not (np.issubdtype(mu.dtype, np.floating) and np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds numbers that are not finite; make it again with fid.py ref")

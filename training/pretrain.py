@@ -433,7 +433,9 @@ def main(data: str, outdir: str, **opts: Any) -> None:
       python -m training.pretrain --data=my-images.zip --outdir=teachers/mine --kimg=5000 --mult=1,2,2 --xflip=True
     """
     dataset = ImageDataset(data)
-    channels, height, width = dataset.load(0).shape
+    channels, height, width = dataset.shape
+    for remark in dataset.remarks:
+        click.echo(remark, err=True)
     if height != width:
         raise UserError(f"{data} holds images of {height}×{width}; expected square ones, so crop them first")
     if opts["cond"] and not dataset.label_dim:

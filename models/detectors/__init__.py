@@ -121,6 +121,19 @@ class Detector:
             return self._network(images).float().flatten(1)
 
 
+def check_detector(name_or_path: str) -> None:
+    """Refuse what is neither one of `NAMES` nor a file of a detector, without loading it."""
+    path = Path(name_or_path)
+    if name_or_path in NAMES:
+        return
+    if path.suffix not in (".pth", ".pt"):
+        raise UserError(
+            f"--detector={name_or_path} is unknown; expected {', '.join(NAMES)}, or a file ending in .pth or .pt"
+        )
+    if not path.is_file():
+        raise UserError(f"--detector={name_or_path} does not exist; expected {', '.join(NAMES)}, or a file")
+
+
 def load_detector(
     name_or_path: str, device: torch.device | str = "cpu", resize: str = "tf1", runs_code: bool = False
 ) -> Detector:
@@ -135,6 +148,7 @@ def load_detector(
     Raises:
         UserError: weights that are missing, unreachable, damaged, or of another network.
     """
+    check_detector(name_or_path)
     device = torch.device(device)
     if resize != "tf1" and (name_or_path in LITE or name_or_path.endswith(".pt")):
         raise UserError(f"--resize={resize} is for Inception; {name_or_path} has its own: leave it out")
@@ -143,12 +157,6 @@ def load_detector(
     if name_or_path in LITE:
         return _efficientnet_lite(name_or_path, device)
     path = Path(name_or_path)
-    if path.suffix not in (".pth", ".pt"):
-        raise UserError(
-            f"--detector={name_or_path} is unknown; expected {', '.join(NAMES)}, or a file ending in .pth or .pt"
-        )
-    if not path.is_file():
-        raise UserError(f"--detector={name_or_path} does not exist; expected {', '.join(NAMES)}, or a file")
     if path.suffix == ".pt":
         return _torchscript(path, device, runs_code)
     return _inception(path, resize, device)

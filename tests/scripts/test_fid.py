@@ -17,8 +17,8 @@ from tiny import Patches, flags, invoke, run_ranks, run_script, teacher, write_i
 
 from fid import calculate_fid
 from torch_utils.metrics.frechet import covariance_factor
+from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.metrics.kernel import kernel_distance
-from training.evaluation import extractor as evaluation
 
 GOLDEN = Golden("metrics")
 
@@ -160,7 +160,7 @@ def files(tmp_path_factory) -> Path:
     with zipfile.ZipFile(root / "fake.zip", "w") as archive:
         for path in sorted(fake.glob("*.png")):
             archive.write(path, f"00000/{path.name}")
-    np.savez(root / "fake.npz", arr_0=evaluation.ImageDataset(fake).load_all().transpose(0, 2, 3, 1))
+    np.savez(root / "fake.npz", arr_0=ImageDataset(fake).load_all().transpose(0, 2, 3, 1))
     return root
 
 
@@ -179,7 +179,7 @@ def records(path="metrics.jsonl") -> list[dict]:
 
 def expected_fid(files, rows=slice(None)):
     def stats(name, rows):
-        images = torch.from_numpy(evaluation.ImageDataset(files / name).load_all()[rows])
+        images = torch.from_numpy(ImageDataset(files / name).load_all()[rows])
         x = Patches()(images).double().numpy()
         return x.mean(0), np.cov(x.T)
 
@@ -332,7 +332,7 @@ def test_bad_input_is_one_line(files, tmp_path):
     Path("text.zip").write_text("no archive")
     for changes, words in (
         (dict(images="empty"), "holds no image"),
-        (dict(images="absent"), "neither a folder nor a zip"),
+        (dict(images="absent"), "absent does not exist"),
         (dict(images="text.zip"), "neither a folder nor a zip"),
         (dict(images="absent.npz"), "absent.npz does not exist"),
         (dict(images="other.npz"), "expected one uint8 array"),

@@ -206,8 +206,10 @@ def folder(tmp_path, monkeypatch) -> Path:
         shutil.copytree(student(kind), tmp_path / "exps" / f"{number:05d}-{student(kind).name[6:]}")
     result = {"metric": "FD(x)", "value": 3.0, "label": "student", "nfe": 2, "prdc": dict.fromkeys(PRDC, 0.5)}
     (next(tmp_path.glob("exps/00000-*")) / "metrics.jsonl").write_text(json.dumps(result) + "\n")
-    write_images(tmp_path / "my-images", 3)
-    shutil.make_archive(str(tmp_path / "my-images"), "zip", tmp_path / "my-images")
+    for name in ("my-images", "samples", "data"):
+        write_images(tmp_path / name, 8)
+    for name in ("my-images", "samples", "my-dataset", "cifar10-32x32"):
+        shutil.make_archive(str(tmp_path / name), "zip", tmp_path / "data")
     (tmp_path / "teachers" / "mine").mkdir(parents=True)
     shutil.copy(teacher(), tmp_path / "teachers" / "mine" / "teacher.safetensors")
     return tmp_path
@@ -297,7 +299,7 @@ def test_the_planned_evaluations_are_those_of_the_sampler(folder):
 
 
 def test_dry_runs_check_what_they_print(folder):
-    assert plan("training.pretrain", "--data=my-images", "--outdir=x", "--mult=1,2", "--attn=4")["images"] == 3
+    assert plan("training.pretrain", "--data=my-images", "--outdir=x", "--mult=1,2", "--attn=4")["images"] == 8
     invoke("training.pretrain", "--data=my-images", "--outdir=x", "--mult=1,1,1,1,1", "-n").refused("cannot be halved")
     assert plan("training.bench", "--batch=7", "--json=a/b.json")["batch"] == 7
     invoke("training.bench", "--dataset_name=imagenet65", "-n").refused("unknown dataset_name")

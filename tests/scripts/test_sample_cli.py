@@ -34,8 +34,8 @@ from tiny import (
 from dnnlib import UserError
 from models import sampling
 from models.precond import EDMPrecond
-from sample import parse_seeds
 from torch_utils.metrics.image_set import ImageDataset
+from training.options import parse_seeds
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,7 @@ from tiny import write_images
 
 from dnnlib import UserError
 from torch_utils import distributed
-from torch_utils.arrays import read_arrays, write_arrays
-from torch_utils.metrics import features
+from torch_utils.arrays import read_arrays, read_meta, write_arrays
 from torch_utils.metrics.features import FeatureSet, Moments, choose, decoded_batches, extract, shard
 from torch_utils.metrics.image_set import ImageDataset
 
@@ -42,7 +41,7 @@ def as_rank(monkeypatch, rank: int, world: int) -> None:
 
 def compute(folder, batch=4, workers=0, **kwargs) -> FeatureSet:
     dataset = ImageDataset(folder)
-    batches = decoded_batches(dataset, np.arange(len(dataset)), batch, workers)
+    batches = decoded_batches(dataset, batch, workers)
     return extract(batches, Corners(), len(dataset), **kwargs)
 
 
@@ -87,7 +86,7 @@ def test_ranks_together_have_every_image_once(folder, monkeypatch):
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)
         dataset = ImageDataset(folder)
-        for images in decoded_batches(dataset, np.arange(len(dataset)), 2):
+        for images in decoded_batches(dataset, 2):
             rows.append(Corners().features(images))
             sums.add(rows[-1])
     assert np.array_equal(torch.cat(rows).numpy(), whole.features)
@@ -136,12 +135,22 @@ def test_a_damaged_image_is_named(tmp_path, workers):
     assert "\n" not in error.value.message
 
 
-@pytest.mark.parametrize("change", ["size", "mode"])
-def test_mixed_images_are_named(tmp_path, change):
+def test_images_of_several_sizes_are_named_before_the_first_feature(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "set", 5)
-    Image.new("RGB" if change == "size" else "L", (9, 8) if change == "size" else (8, 8)).save(folder / "0003.png")
-    with pytest.raises(UserError, match="0003.png has shape .*, the first image"):
-        compute(folder)
+    Image.new("RGB", (9, 8)).save(folder / "0003.png")
+    monkeypatch.setattr(Corners, "features", lambda *args: pytest.fail("a feature was computed"))
+    with pytest.raises(UserError, match="0003.png in .* is 8×9 .*, the first image, 0000.png, 8×8"):
+        compute(folder, batch=1)
+
+
+def test_grey_and_coloured_images_make_a_coloured_set(tmp_path):
+    folder = write_images(tmp_path / "set", 5)
+    grey = Image.open(folder / "0003.png").convert("L")
+    grey.convert("RGB").save(folder / "0003.png")
+    expected = compute(folder, keep=True)
+    grey.save(folder / "0003.png")
+    assert np.array_equal(compute(folder, keep=True).features, expected.features)
+    assert ImageDataset(folder).load(3).shape == (3, 8, 8)
 
 
 def test_features_that_are_not_finite_are_refused(folder, monkeypatch):
@@ -151,7 +160,7 @@ def test_features_that_are_not_finite_are_refused(folder, monkeypatch):
 
     dataset = ImageDataset(folder)
     with pytest.raises(UserError, match="image 0 are not finite"):
-        extract(decoded_batches(dataset, np.arange(23), 4), Broken(), 23)
+        extract(decoded_batches(dataset, 4), Broken(), 23)
 
 
 def test_one_image_is_too_few(folder):
@@ -169,5 +178,5 @@ def test_npz_files_are_never_unpickled(tmp_path):
 def test_arrays_and_their_description_come_back(tmp_path):
     write_arrays(tmp_path / "deep" / "x.npz", {"a": 1}, mu=np.arange(3.0))
     arrays = read_arrays(tmp_path / "deep" / "x.npz")
-    assert arrays["mu"].tolist() == [0, 1, 2] and features.read_meta(arrays) == {"a": 1}
+    assert arrays["mu"].tolist() == [0, 1, 2] and read_meta(arrays) == {"a": 1}
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.npz"]

@@ -328,7 +328,7 @@ def test_bad_input_is_one_line(files, tmp_path):
         (dict(num=31), "found 30 images, fewer than --num=31"),
         (dict(num=5), "--num=5 is too few for --nearest_k=5"),
         (dict(images=tmp_path / "empty"), "holds no image"),
-        (dict(images_ref=tmp_path / "absent"), "neither a folder nor a zip"),
+        (dict(images_ref=tmp_path / "absent"), "absent does not exist"),
         (dict(nearest_k=0), "nearest_k"),
         (dict(features="kept.txt"), "ending in .npz"),
     ):

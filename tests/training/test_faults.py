@@ -52,15 +52,14 @@ from tiny import (
     write_teacher,
 )  # fmt: skip
 
-import sample
 from dnnlib import UserError, one_line_errors
 from dnnlib.errors import share_failures
 from dnnlib.signals import EXIT_CODES, Stopped, deferred_stop
-from torch_utils.arrays import names_in, read_arrays
+from torch_utils.arrays import read_arrays, read_headers
 from torch_utils.checkpoint import read_network, read_state, save_state
 from torch_utils.metrics.image_set import ImageDataset
-from training import distill, runs
-from training.evaluation import extractor as evaluation
+from training import distill, options, runs
+from training.evaluation.sources import open_source
 
 ITERATE = "training.loop:Run._iterate"
 #: Generous, for a machine that is busy with other things: it only bounds how long a hang would take.
@@ -972,7 +971,7 @@ def test_damaged_npz_files_are_one_line_or_arrays(tmp_path, data):
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     (tmp_path / "x.npz").write_bytes(content)
-    for read in (read_arrays, names_in, ImageDataset, evaluation.content_kind):
+    for read in (read_arrays, read_headers, ImageDataset, open_source):
         one_line(lambda: read(tmp_path / "x.npz"), "x.npz")
 
 
@@ -995,7 +994,7 @@ def test_any_header_of_an_array_is_one_line(tmp_path, text, shape, dtype):
 
 def test_seeds_that_would_fill_the_memory_are_refused(monkeypatch):
     """Each range is allowed, a hundred of them are not."""
-    monkeypatch.setattr(sample, "MAX_RANGE", 1000)
+    monkeypatch.setattr(options, "MAX_RANGE", 1000)
     text = ",".join(f"{i * 100}-{i * 100 + 99}" for i in range(100))
     with pytest.raises(UserError, match="--seeds=.* does not parse at '(900-999|1000-1099)'"):
-        sample.parse_seeds(None, None, text)
+        options.parse_seeds(None, None, text)

@@ -300,7 +300,7 @@ def test_every_image_is_seen_once_in_an_epoch():
 def test_bad_input_is_refused(tmp_path):
     data = write_images(tmp_path / "data", 10)
     run = tmp_path / "run"
-    pretrain(tmp_path / "none", run).refused(r"none is neither a folder nor a zip archive")
+    pretrain(tmp_path / "none", run).refused(r"none does not exist")
     pretrain(write_images(tmp_path / "wide", 2, size=(16, 8)), run).refused(r"images of 8×16; expected square ones")
     pretrain(data, run, cond=True).refused(r"--cond=True needs labels")
     pretrain(data, run, mult="1,b").refused(r"--mult and --attn are lists of integers")
@@ -322,12 +322,14 @@ def test_images_that_levels_do_not_divide_are_refused(tmp_path):
     pretrain(data, tmp_path / "run", mult="1,1,1").refused(r"10|divi|level|mult")
 
 
-def test_images_of_different_shapes_are_refused(tmp_path):
+@pytest.mark.parametrize("more", [["-n"], []], ids=["dry", "run"])
+def test_a_dry_run_refuses_what_the_run_does(more, tmp_path):
     data = write_images(tmp_path / "data", 3)
     Image.new("RGB", (16, 16)).save(data / "9999.png")
-    pretrain(data, tmp_path / "run").refused(r"9999\.png.*\(3, 16, 16\).*\(3, 8, 8\)")
+    arguments = [*flags(PRETRAIN, data=data, outdir=tmp_path / "run"), *more]
+    invoke("training.pretrain", *arguments).refused(r"9999\.png in .* is 16×16 .* 8×8")
     Image.new("L", (8, 8)).save(data / "9999.png")
-    pretrain(data, tmp_path / "run").refused(r"9999\.png.*\(1, 8, 8\)")
+    assert "1 of 4 images are grey" in invoke("training.pretrain", *arguments).ok().output
 
 
 @pytest.mark.slow
@@ -335,7 +337,7 @@ def test_module_runs_as_documented(tmp_path):
     data = write_images(tmp_path / "data", 10)
     args = flags(PRETRAIN, data=data, outdir=tmp_path / "teachers" / "mine", kimg=0.016)
     assert "teacher.safetensors" in run_script("training.pretrain", *args, cwd=tmp_path).ok().output
-    run_script("training.pretrain", "--data=none", "--outdir=x", cwd=tmp_path).refused("none is neither")
+    run_script("training.pretrain", "--data=none", "--outdir=x", cwd=tmp_path).refused("none does not exist")
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------
@@ -369,7 +371,10 @@ def test_modes_of_images(tmp_path):
     for name, mode in (("a", "L"), ("b", "P"), ("c", "RGBA"), ("d", "1"), ("e", "RGB")):
         Image.new(mode, (8, 8)).save(tmp_path / f"{name}.png")
     dataset = ImageDataset(tmp_path)
-    assert [dataset.load(i).shape[0] for i in range(5)] == [1, 3, 3, 3, 3]
+    assert dataset.shape == (3, 8, 8) and dataset.load_all().shape == (5, 3, 8, 8)
+    for name in "bce":
+        (tmp_path / f"{name}.png").unlink()
+    assert ImageDataset(tmp_path).shape == (1, 8, 8)
 
 
 def test_data_set_crosses_into_another_process(tmp_path):
@@ -389,7 +394,7 @@ def test_data_set_crosses_into_another_process(tmp_path):
 def test_labels_that_do_not_match_are_refused(content, tmp_path):
     data = write_images(tmp_path / "data", 2)
     (data / "dataset.json").write_text(content)
-    with pytest.raises(UserError, match=r"dataset\.json in .* must hold `labels`"):
+    with pytest.raises(UserError, match=r"dataset\.json in .*; expected `labels`: null or one"):
         ImageDataset(data)
 
 
@@ -400,7 +405,7 @@ def test_labels_may_be_null(tmp_path):
 
 
 def test_unusable_data_is_refused(tmp_path):
-    with pytest.raises(UserError, match="neither a folder nor a zip"):
+    with pytest.raises(UserError, match="none does not exist"):
         ImageDataset(tmp_path / "none")
     (tmp_path / "text").write_text("no archive")
     with pytest.raises(UserError, match="neither a folder nor a zip"):

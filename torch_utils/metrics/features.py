@@ -1,4 +1,4 @@
-"""Features of many images: decoding beside the computation, sharding over ranks, streaming moments, caching.
+"""Features of many images: decoding beside the computation, sharding over ranks, streaming moments.
 
 Rank r takes a contiguous block of the images, so that gathered features are in index order. Moments are sums in
 float64, reduced over ranks. Nothing grows with the number of images unless the features are kept.
@@ -25,12 +25,10 @@ from .. import distributed
 
 
 class ImageSource(Protocol):
-    """Images by index, uint8 `[C, H, W]`; `names` say which is which. What it cannot read is a click error.
+    """Images by index, uint8 `[C, H, W]`, all of one shape. What it cannot read is a `UserError`.
 
-    A copy (`copy.copy`) shares no open file with the original.
+    A copy (`copy.copy`) that went through `__getstate__` shares no open file with the original.
     """
-
-    names: list[str]
 
     def __len__(self) -> int: ...
 
@@ -70,26 +68,18 @@ def shard(count: int) -> range:
 class _Decoded(Dataset):
     """Decoding in workers. An error becomes a value: what a worker raises would reach the user as a traceback."""
 
-    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+    def __init__(self, source: ImageSource, indices: range) -> None:
         # A copy, for workers that are forks must not share an open archive and its position.
         self.source, self.indices = copy.copy(source), indices
-        self.shape = source.load(int(indices[0])).shape if len(indices) else ()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Tensor | str:
-        index = int(self.indices[position])
         try:
-            image = self.source.load(index)
+            return torch.from_numpy(np.array(self.source.load(self.indices[position])))
         except UserError as error:
             return error.message
-        if image.shape != self.shape:
-            return (
-                f"{self.source.names[index]} has shape {list(image.shape)}, the first image {list(self.shape)}; "
-                "resize and convert the images to one shape (channels, height, width)"
-            )
-        return torch.from_numpy(np.array(image))
 
 
 def _stack(items: list[Tensor | str]) -> Tensor | str:
@@ -97,16 +87,13 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
     return errors[0] if errors else torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
-def decoded_batches(source: ImageSource, indices: np.ndarray, batch: int, workers: int = 0) -> Iterator[Tensor]:
+def decoded_batches(source: ImageSource, batch: int, workers: int = 0) -> Iterator[Tensor]:
     """This rank's share of the images as uint8 `[≤ batch, C, H, W]`, decoded in `workers` processes.
 
     Raises:
-        UserError: an image that cannot be read, or shapes that differ.
+        UserError: an image that cannot be read.
     """
-    part = shard(len(indices))
-    # The first image of all sets the shape, so that every rank compares with the same one.
-    dataset = _Decoded(source, np.concatenate([indices[:1], indices[part.start : part.stop]]))
-    dataset.indices = dataset.indices[1:]
+    dataset = _Decoded(source, shard(len(source)))
     workers = min(workers, len(dataset) // batch, os.cpu_count() or 1)
     loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_stack, prefetch_factor=2 if workers else None)
     for images in loader:
@@ -284,7 +271,3 @@ def gather_rows(rows: Tensor, count: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes)])
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Files

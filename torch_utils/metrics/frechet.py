@@ -1,6 +1,7 @@
-"""Distances between two sets of features: Fréchet distance (FID, with Inception features) and kernel distance (KID).
+"""Fréchet distance of two sets of features; with Inception features, the Fréchet inception distance (FID).
 
-Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6; Dowson and Landau 1982):
+Each set is described by the mean and covariance of its features. The squared Fréchet distance of the two Gaussians with
+these moments (Heusel et al. 2017, eq. 6; Dowson and Landau 1982) is
 
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½
 
@@ -8,9 +9,6 @@ With any factors Σᵢ = Lᵢ Lᵢᵀ, the eigenvalues of Σ₁ Σ₂ are the sq
 the sum of these singular values. It is real, finite and not negative whatever the rank, and needs no square root of a
 matrix that is not symmetric. The factors are Cholesky's; where a covariance is singular (fewer images than dimensions),
 they come from its eigenvectors, without the eigenvalues that are rounding noise.
-
-Kernel distance (Bińkowski et al. 2018): the unbiased estimate of the squared maximum mean discrepancy under
-k(x, y) = (xᵀy / D + 1)³, averaged over random subsets.
 """
 
 from __future__ import annotations
@@ -21,18 +19,52 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
+#: Relative to the largest entry or eigenvalue: what rounding to float32 can do to a covariance, with room.
+ROUNDING = 1e-5
 
 
 def covariance_factor(sigma: Tensor) -> Tensor:
-    """L with L Lᵀ = Σ: float64 `[D, R]` from a symmetric positive semi-definite `[D, D]`; R is its numerical rank."""
+    """L with L Lᵀ = Σ: float64 `[D, R]` from a symmetric positive semi-definite `[D, D]`; R is its numerical rank.
+
+    Raises:
+        ValueError: it has a negative eigenvalue beyond rounding.
+    """
     noise = len(sigma) * EPS * float(sigma.diagonal().max().clamp(min=0))
     factor, failed = torch.linalg.cholesky_ex(sigma)
     # Where rounding alone keeps a pivot positive, its column of the factor is noise.
     if not failed and float(factor.diagonal().min()) ** 2 > noise:
         return factor
     values, vectors = torch.linalg.eigh(sigma)
+    if float(values[0]) < -ROUNDING * float(values.abs().max()):
+        raise ValueError(f"is not positive semi-definite: it has the eigenvalue {float(values[0]):.3g}")
     kept = values > len(sigma) * EPS * values[-1].clamp(min=0)
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def check_moments(mu: ArrayLike, sigma: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[D]`, covariance `[D, D]` and a factor of the covariance `[D, R]`, all float64.
+
+    Raises:
+        ValueError: what they hold is not real, not finite, not symmetric or not positive semi-definite up to rounding,
+            or of other shapes.
+    """
+    found = []
+    for name, values in {"mu": np.asarray(mu), "sigma": np.asarray(sigma)}.items():
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"{name} is {values.dtype}, not real numbers")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds a number that is not finite")
+        found.append(torch.as_tensor(values.astype(np.float64)))
+    m, s = found
+    if m.ndim != 1 or len(m) == 0 or s.shape != (len(m), len(m)):
+        raise ValueError(f"shapes are {list(m.shape)} and {list(s.shape)}; expected mu [D] and sigma [D, D]")
+    if float((s - s.T).abs().max()) > ROUNDING * float(s.abs().max()):
+        raise ValueError("sigma is not symmetric")
+    s = (s + s.T) / 2
+    try:
+        return m, s, covariance_factor(s)
+    except ValueError as error:
+        raise ValueError(f"sigma {error}") from None
 
 
 def frechet_distance(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref: ArrayLike) -> float:
@@ -43,15 +75,13 @@ def frechet_distance(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_r
         sigma, sigma_ref: covariances, `[D, D]`.
 
     Raises:
-        ValueError: shapes that do not fit together, or numbers that are not finite.
+        ValueError: what `check_moments` refuses, different dimensions, or a distance beyond float64.
     """
-    arrays = [torch.as_tensor(np.asarray(a), dtype=torch.float64) for a in (mu, sigma, mu_ref, sigma_ref)]
-    m, s, m_ref, s_ref = arrays
-    if m.ndim != 1 or len(m) == 0 or m_ref.shape != m.shape or any(c.shape != (len(m), len(m)) for c in (s, s_ref)):
-        raise ValueError(f"shapes are {[list(a.shape) for a in arrays]}; expected [D], [D, D], [D], [D, D]")
-    if not all(bool(a.isfinite().all()) for a in arrays):
-        raise ValueError("mean or covariance holds a number that is not finite")
-    first, second = (covariance_factor((c + c.T) / 2) for c in (s, s_ref))
+    (m, s, first), (m_ref, s_ref, second) = check_moments(mu, sigma), check_moments(mu_ref, sigma_ref)
+    if m.shape != m_ref.shape:
+        raise ValueError(f"shapes are {list(m.shape)} and {list(m_ref.shape)}: the dimensions differ")
     overlap = torch.linalg.svdvals(first.T @ second).sum() if first.shape[1] and second.shape[1] else 0.0
     distance = (m - m_ref).square().sum() + s.trace() + s_ref.trace() - 2 * overlap
+    if not bool(distance.isfinite()):
+        raise ValueError("the numbers are too large for a distance in float64")
     return max(float(distance), 0.0)

@@ -1,149 +1,374 @@
 """Images in a folder or a zip archive, in the layout of EDM's data sets, or in an `.npz` file.
 
-PNG or JPEG files anywhere below the root, in the order of their names; `dataset.json` at the root may hold `labels`, a
-list of `[file name, class index]`. An `.npz` holds one uint8 array `[N, H, W, C]` or `[N, H, W]`, the layout of
-guided-diffusion's samples; integer labels beside it are not read.
+**Which.** PNG, JPEG, BMP or WebP files anywhere below the root, in the order of their names; nothing whose path has a
+hidden part (`.ipynb_checkpoints/`, `._a.png`). Links are followed, to folders too. What would make the set another one
+in silence is refused: links to nothing, two archive entries of one name, images of several sizes. `dataset.json` at the
+root may hold `labels`, a list of `[file name, class index]`, one for each image. An `.npz` holds one uint8 array
+`[N, H, W, C]` or `[N, H, W]`, the layout of guided-diffusion's samples; integer labels beside it are not read.
+
+**Which pixels.** uint8, grey if all images are, else RGB. 16-bit grey is scaled (v / 257, rounded); what is transparent
+is composed on white; palettes, CMYK and the like become RGB. An EXIF orientation is not applied: pixels are read as
+they are stored, as by the tools that published numbers come from. `remarks` says what of this happened.
 """
 
-import io
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
 import json
-import re
+import os
+import stat
 import zipfile
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line, sha256_of
 
-from ..arrays import NO_ARRAYS, UNREADABLE
+from ..arrays import UNREADABLE, read_arrays, read_headers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 #: The formats behind them. Pillow knows others by their content, among them some that start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+#: Files that somebody may take for images of the set; they are counted in a remark.
+OTHER_IMAGES = (".avif", ".gif", ".heic", ".jxl", ".npy", ".pgm", ".ppm", ".tif", ".tiff")
+LABELS = "dataset.json"
 #: Bytes that one file in an archive may unpack to.
 MOST_BYTES = 1 << 28
 #: What Pillow raises on an image that is damaged, or larger than anybody needs.
 NO_IMAGE = (UnidentifiedImageError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError,
             MemoryError)  # fmt: skip
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says: height and width, and what becomes of its pixels."""
+
+    size: tuple[int, int]
+    is_grey: bool
+    is_transparent: bool = False
+    is_turned: bool = False
 
 
 class ImageDataset:
-    """Random access to the images below `path`.
+    """Random access to the images at `path`; headers of all files are read once, when something asks for the shape.
 
     Args:
         path: a folder (searched recursively), a zip archive, or an `.npz` of images.
 
+    Attributes:
+        names: file names relative to the root, in order.
+        labels: class indices, int64 `[N]`, or None.
+
     Raises:
-        UserError: the path is missing, holds no image, or its labels do not match.
+        UserError: the path is missing, holds no image or an ambiguous one, or its labels do not match.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.labels: np.ndarray | None = None
         self._archive: zipfile.ZipFile | None = None
         self._array: np.ndarray | None = None
-        self.labels: np.ndarray | None = None
         if self.path.suffix == ".npz" and not self.path.is_dir():
             self._array = read_image_array(self.path)
             self.names = [f"image {index}" for index in range(len(self._array))]
             return
         if self.path.is_dir():
-            files = (p for p in self.path.rglob("*") if p.is_file())
-            names = [p.relative_to(self.path).as_posix() for p in files]
+            files = sorted(_files_below(self.path))
         elif zipfile.is_zipfile(self.path):
-            names = self._zip().namelist()
+            files = sorted(entry.filename for entry in self._zip().infolist() if not entry.is_dir())
         else:
-            raise UserError(f"{path} is neither a folder nor a zip archive; expected one with images")
-        # Hidden files are no images: what a killed process was writing, and what macOS puts beside each file.
-        hidden = re.compile(r"(^|/)\.[^/]*$")
-        self.names = sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n))
+            kind = "does not exist" if not self.path.exists() else "is neither a folder nor a zip archive"
+            raise UserError(f"{path} {kind}; expected a folder, zip or npz of images")
+        files = [name for name in files if not _is_hidden(name)]
+        self.names = [name for name in files if name.lower().endswith(EXTENSIONS)]
         if not self.names:
             raise UserError(f"{path} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
-        self.labels = self._read_labels() if "dataset.json" in names else None
+        self._check_names(files)
+        self.labels = self._read_labels() if LABELS in files else None
+        self._others = Counter(s for s in map(_suffix, files) if s in OTHER_IMAGES)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # What it is
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, indices: np.ndarray) -> ImageDataset:
+        """The images of these indices, in that order; shape and channels stay those of the whole set."""
+        whole = {"shape": self.shape, "remarks": self.remarks, "_positions": self._positions[indices]}
+        part = copy.copy(self)
+        part.names = [self.names[index] for index in indices]
+        part.labels = None if self.labels is None else self.labels[indices]
+        part.__dict__.update(whole)
+        return part
+
     def __getstate__(self) -> dict:
         # An open archive cannot cross into a worker process; each opens its own.
         return {**self.__dict__, "_archive": None}
+
+    @functools.cached_property
+    def _positions(self) -> np.ndarray:
+        """Rows of the array that the images are."""
+        return np.arange(len(self))
 
     @property
     def label_dim(self) -> int:
         """Number of classes, 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
-    def load(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 `[C, H, W]`; a grey one has C = 1, any other mode becomes RGB."""
+    @functools.cached_property
+    def _headers(self) -> list[Header]:
+        """Of every file, compared: the sizes are equal."""
+        found: list[Header] = []
+        for name in self.names:
+            header = self._header(name)
+            if found and header.size != found[0].size:
+                sizes = ["×".join(map(str, h.size)) for h in (header, found[0])]
+                raise UserError(
+                    f"{name} in {self.path} is {sizes[0]} (height × width), the first image, {self.names[0]}, "
+                    f"{sizes[1]}; make them equal with python -m training.dataset_tool, or remove what does not belong"
+                )
+            found.append(header)
+        return found
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels (1 or 3), height and width of every image.
+
+        Raises:
+            UserError: a file that is no image, or images of several sizes.
+        """
         if self._array is not None:
-            return self._array[index]
-        name = self.names[index]
-        try:
-            with Image.open(io.BytesIO(self._read(name)), formats=FORMATS) as image:
-                pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (*NO_IMAGE, *UNREADABLE) as error:
-            raise UserError(f"{name} in {self.path} is not a readable image ({error})") from None
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            channels, height, width = self._array.shape[1:]
+            return channels, height, width
+        return 1 if all(header.is_grey for header in self._headers) else 3, *self._headers[0].size
+
+    @functools.cached_property
+    def remarks(self) -> list[str]:
+        """What happens to images that are not plain 8-bit ones, and what beside them is not read; one line each."""
+        if self._array is not None:
+            return []
+        found = []
+        if self._others:
+            shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self._others.items()))
+            found.append(f"not read: {shown}; images end in {', '.join(EXTENSIONS)}")
+        headers = dict(zip(self.names, self._headers, strict=True))
+        transparent = [name for name, header in headers.items() if header.is_transparent]
+        turned = [name for name, header in headers.items() if header.is_turned]
+        grey = [name for name, header in headers.items() if header.is_grey]
+        for what, names in (
+            ("can be transparent and are composed on white", transparent),
+            ("have an EXIF orientation, which is not applied", turned),
+            ("are grey among coloured ones and become RGB", grey if len(grey) < len(headers) else []),
+        ):
+            if names:
+                found.append(f"{len(names)} of {len(headers)} images {what} ({names[0]} is the first)")
+        return [f"{self.path}: {line}" for line in found]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of a file; of a folder, over the names and contents of its images."""
+        if not self.path.is_dir():
+            return sha256_of(self.path)
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(f"{name}\0".encode(errors="surrogateescape"))
+            digest.update(hashlib.sha256((self.path / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Pixels
+
+    def load(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 `[C, H, W]`, of `shape`."""
+        if self._array is not None:
+            return self._array[self._positions[index]]
+        name, shape = self.names[index], self.shape
+        with self._open(name) as image:
+            pixels = to_pixels(image)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return np.broadcast_to(pixels, shape)
 
     def load_all(self) -> np.ndarray:
-        """All images as uint8 `[N, C, H, W]`; they must share one shape."""
-        first = self.load(0)
-        images = np.empty([len(self), *first.shape], dtype=np.uint8)
+        """All images as uint8 `[N, C, H, W]`."""
+        images = np.empty([len(self), *self.shape], dtype=np.uint8)
         for index in range(len(self)):
-            image = self.load(index)
-            if image.shape != first.shape:
-                raise UserError(
-                    f"{self.names[index]} in {self.path} has shape {image.shape}, the first image {first.shape}; "
-                    "resize and convert the images to one shape (channels, height, width)"
-                )
-            images[index] = image
+            images[index] = self.load(index)
         return images
+
+    def _header(self, name: str) -> Header:
+        with self._open(name) as image:
+            is_transparent = image.mode in ALPHA_MODES or "transparency" in image.info
+            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) not in (0, 1)
+            return Header((image.height, image.width), image.mode in GREY_MODES, is_transparent, turned)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Image.Image]:
+        """A file of the set as a Pillow image; whatever is wrong with it becomes one line that names it."""
+        try:
+            with self.stream(name) as file, Image.open(file, formats=FORMATS) as image:
+                yield image
+        except (*NO_IMAGE, *UNREADABLE) as error:
+            raise UserError(f"{name} in {self.path} is not a readable image ({first_line(error)})") from None
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Files
 
     def _zip(self) -> zipfile.ZipFile:
         if self._archive is None:
             try:
                 self._archive = zipfile.ZipFile(self.path)
             except (*UNREADABLE, ValueError) as error:
-                raise UserError(f"{self.path} is a damaged zip archive ({error}); make it again") from None
+                raise UserError(f"{self.path} is a damaged zip archive ({first_line(error)}); make it again") from None
         return self._archive
 
-    def _read(self, name: str) -> bytes:
+    def stream(self, name: str) -> IO[bytes]:
+        """A file of the set, open for reading."""
         if self.path.is_dir():
-            return (self.path / name).read_bytes()
+            return open(self.path / name, "rb")
         size = self._zip().getinfo(name).file_size
         if size > MOST_BYTES:
             raise OSError(f"it unpacks to {size} bytes, more than any image")
-        return self._zip().read(name)
+        return self._zip().open(name)
+
+    def _check_names(self, files: Sequence[str]) -> None:
+        """Refuse what would make it another set in silence."""
+        twice = [first for first, second in zip(files, files[1:]) if first == second]
+        if twice:
+            raise UserError(f"{self.path} holds two entries named {twice[0]}; make the archive again")
+        lower = [name for name in files if name.endswith(f"/{LABELS}")]
+        if lower:
+            raise UserError(
+                f"{self.path} has its labels in {lower[0]}; {LABELS} must be at the root, beside its images"
+            )
 
     def _read_labels(self) -> np.ndarray | None:
+        """Class indices by name; every image has one entry, and every entry an image."""
+        expected = "expected `labels`: null or one [file name, class index] for each image"
+        place = f"{LABELS} in {self.path}"
         try:
-            pairs = json.loads(self._read("dataset.json"))["labels"]
-            if pairs is None:
-                return None
-            by_name = {name: label for name, label in pairs} if isinstance(pairs, list) else {}
-            found = [by_name[name] for name in self.names]
-            if not all(type(label) is int and 0 <= label < 2**31 for label in found):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, RecursionError, *UNREADABLE):
-            raise UserError(
-                f"dataset.json in {self.path} must hold `labels`: null or one [file name, class index] for each image"
-            ) from None
-        return np.array(found, dtype=np.int64)
+            with self.stream(LABELS) as file:
+                content = json.loads(file.read())
+        except (ValueError, RecursionError, MemoryError, *UNREADABLE) as error:
+            raise UserError(f"{place} is not readable JSON ({first_line(error)}); {expected}") from None
+        pairs = content.get("labels", False) if isinstance(content, dict) else False
+        if pairs is None:
+            return None
+        if not isinstance(pairs, list):
+            raise UserError(f"{place} holds no labels; {expected}")
+        found: dict[str, int] = {}
+        known = set(self.names)
+        for entry in pairs:
+            if not _is_label(entry):
+                raise UserError(f"{place}: {str(entry)[:80]!r} is no label; {expected}")
+            if entry[0] in found:
+                raise UserError(f"{place} names {entry[0]} twice; {expected}")
+            if entry[0] not in known:
+                raise UserError(f"{place} names {entry[0]}, which is not there; {expected}")
+            found[entry[0]] = entry[1]
+        missing = next((name for name in self.names if name not in found), None)
+        if missing is not None:
+            raise UserError(f"{place} has no label for {missing}; {expected}")
+        return np.array([found[name] for name in self.names], dtype=np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an image of any mode as uint8 `[H, W]`, if it is grey, or `[H, W, 3]`.
+
+    Raises:
+        ValueError: values that have no scale.
+    """
+    transparency = image.info.get("transparency")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError(f"pixel format {image.mode} has no scale; make it 8 or 16 bits a channel")
+        grey = ((values + 128) // 257).astype(np.uint8)  # v / 257, rounded
+        return grey if transparency is None else np.where(values == transparency, np.uint8(255), grey)
+    if isinstance(transparency, tuple) and max(transparency) > 255:
+        raise ValueError("16-bit colours, one of them transparent, are not read; make it 8 bits a channel")
+    is_grey = image.mode in GREY_MODES
+    if image.mode in ALPHA_MODES or transparency is not None:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.asarray(image.convert("L" if is_grey else "RGB"))
 
 
 def read_image_array(path: Path) -> np.ndarray:
     """The images in an `.npz` file as uint8 `[N, C, H, W]`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected a folder, zip or npz of images") from None
-    except NO_ARRAYS as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is not a readable npz file ({reason[0][:120]})") from None
-    arrays = [a for a in found.values() if a.dtype == np.uint8 and a.ndim in (3, 4) and a.shape[3:] in ((), (1,), (3,))]
-    if len(arrays) != 1 or arrays[0].size == 0:
-        shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())
+    headers = read_headers(path)
+    names = [name for name, header in headers.items() if header.is_images]
+    if len(names) != 1 or 0 in headers[names[0]].shape:
+        shapes = ", ".join(f"{name} {header}" for name, header in headers.items())
         raise UserError(f"{path} holds {shapes or 'nothing'}; expected one uint8 array [N, H, W, 1 or 3]")
-    images = arrays[0] if arrays[0].ndim == 4 else arrays[0][..., None]
-    return images.transpose(0, 3, 1, 2)
+    images = read_arrays(path, names)[names[0]]
+    return (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _files_below(root: Path) -> Iterator[str]:
+    """Names of the files below a folder, relative to it. Links are followed; hidden folders are not entered.
+
+    Raises:
+        UserError: a folder that cannot be read or comes twice, or what is named as an image but is no file.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: dict[tuple[int, int], str] = {}
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            raise UserError(f"{folder} and {first} are one folder, whose images would count twice; remove the link")
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        for name in files:
+            path = name if below == "." else PurePosixPath(below, name).as_posix()
+            if _is_hidden(path):
+                continue
+            if name.lower().endswith(EXTENSIONS) or name == LABELS:
+                _check_file(root, path)
+            yield path
+
+
+def _check_file(root: Path, name: str) -> None:
+    try:
+        is_file = stat.S_ISREG(os.stat(root / name).st_mode)
+    except OSError as error:
+        raise UserError(f"{name} in {root} cannot be read ({error.strerror}): a link to nothing?") from None
+    if not is_file:
+        raise UserError(f"{name} in {root} is no regular file; remove it")
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _is_label(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    name, label = entry
+    return isinstance(name, str) and type(label) is int and 0 <= label < 2**31

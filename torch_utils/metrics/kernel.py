@@ -1,4 +1,12 @@
-"""Kernel distance."""
+"""Kernel distance of two sets of features; with Inception features, the kernel inception distance (KID).
+
+The unbiased estimate of the squared maximum mean discrepancy (Bińkowski et al. 2018, eq. 4)
+
+    MMD² = mean_{i≠j} k(xᵢ, xⱼ) + mean_{i≠j} k(yᵢ, yⱼ) − 2 mean k(xᵢ, yⱼ),   k(x, y) = (xᵀy / D + 1)³
+
+averaged over random subsets of equal size. Unlike the Fréchet distance it is not biased by the number of images, and
+it can be negative.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +17,19 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class KernelDistance:
+    """Mean and standard deviation over subsets, and the number of features in a subset."""
+
+    mean: float
+    std: float
+    subset_size: int
+
+
 def kernel_distance(
     features: np.ndarray, reference: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> KernelDistance:
-    """Unbiased squared MMD of feature sets `[N, D]` and `[M, D]`, float64.
+    """Kernel distance of feature sets `[N, D]` and `[M, D]`, computed in float64.
 
     Subsets are drawn without replacement from the stream that torch-fidelity draws from (same default seed). A set
     smaller than `subset_size` makes all subsets as small as itself; with two whole sets there is one subset only.
@@ -34,17 +51,8 @@ def kernel_distance(
     return KernelDistance(float(np.mean(values)), float(np.std(values)), size)
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Mean and standard deviation over subsets, and the size of a subset."""
-
-    mean: float
-    std: float
-    subset_size: int
-
-
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """mean_{i≠j} k(xᵢ, xⱼ) + mean_{i≠j} k(yᵢ, yⱼ) − 2 mean k(xᵢ, yⱼ) for `[n, D]` each; eq. 4 of the paper."""
+    """The estimate from two subsets `[n, D]`."""
     n, dim = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

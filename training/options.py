@@ -1,0 +1,146 @@
+"""Options that several commands share: which samples, which detector, which record, which machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dnnlib import UserError
+from dnnlib.options import offline_option, section
+from models.detectors import NAMES, check_detector
+from models.detectors.inception import RESIZES
+from models.registry import ROWS
+from models.sampling import SamplerOptions
+from solvers import SCHEDULES, SOLVERS
+from torch_utils.device import device_option
+
+MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
+
+
+def combined(*decorators: Callable) -> Callable:
+    """Several click decorators as one, in this order."""
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def parse_seeds(context: click.Context | None, param: click.Parameter | None, value: str) -> list[int]:
+    """`0,3,10-12` → [0, 3, 10, 11, 12]; duplicates are dropped, the order is kept."""
+    seeds: dict[int, None] = {}
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2]) if match and match[2] else first
+        if not match or not first <= last <= MAX_SEED or len(seeds) + last - first >= MAX_RANGE:
+            raise UserError(f"--seeds={value!r} does not parse at {part!r}; expected a list such as 0-63 or 1,2,5-10")
+        seeds.update(dict.fromkeys(range(first, last + 1)))
+    return list(seeds)
+
+
+def describe_seeds(seeds: list[int]) -> str:
+    """`0-4999`, or the whole list where it has gaps."""
+    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
+
+
+def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
+    """The seeds, and the same pattern shifted past its end for every further trial."""
+    step = max(seeds) - min(seeds) + 1
+    if max(seeds) + (trials - 1) * step > MAX_SEED:
+        raise UserError(f"--trials={trials} runs past the last seed, {MAX_SEED}; use lower --seeds")
+    return [[seed + t * step for seed in seeds] for t in range(trials)]
+
+
+#: A model, and what it is to make.
+sample_options = combined(
+    section("What to sample"),
+    click.option("--model_path", help="Student: file, run directory or run number; `teacher`: of --dataset_name; or "
+                 "the file of a teacher of your own", metavar="PATH", required=True),
+    click.option("--dataset_name", help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS),
+                 metavar="NAME"),
+    click.option("--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63",
+                 callback=parse_seeds),
+    click.option("--class", "class_index", help="Class of all images; default: random by seed",
+                 type=click.IntRange(min=0)),
+    click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT"),
+    click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
+                 "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV"),
+    click.option("--guidance_rate", help="Classifier-free guidance of a text-conditioned model, 1 for none; default: "
+                 "the rate that the student records, the teacher's 7.5", type=float),
+)  # fmt: skip
+#: How it samples; with those of `sample_options` the fields of `SamplerOptions`.
+solver_options = combined(
+    section("Student"),
+    click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int),
+    section("Teacher"),
+    click.option("--solver", help="Teacher: solver; default: heun", type=click.Choice(SOLVERS)),
+    click.option("--max_order", help="Teacher: order of a multistep solver", type=int),
+    click.option("--predict_x0", help="Teacher: DPM-Solver++ predicts the data; default: True", type=bool),
+    click.option("--lower_order_final", help="Teacher: DPM-Solver++ lowers its last orders; default: True", type=bool),
+    click.option("--thresholding", help="Teacher: dynamic thresholding; default: False", type=bool),
+    click.option("--schedule_type", help="Teacher: time schedule; default: polynomial", type=click.Choice(SCHEDULES)),
+    click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float),
+    click.option("--afs", help="Teacher: analytical first step; default: False", type=bool),
+    click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False",
+                 type=bool),
+)  # fmt: skip
+
+
+def sampler_options(opts: dict[str, Any]) -> SamplerOptions:
+    """What a command line asks of a sampler."""
+    return SamplerOptions(**{name: opts[name] for name in SamplerOptions.__dataclass_fields__})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def check_detector_option(context: click.Context, param: click.Parameter, value: str) -> str:
+    """Find a wrong name before anything is loaded."""
+    check_detector(value)
+    return value
+
+
+def parse_npz(context: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.endswith(".npz"):
+        raise UserError(f"--{param.name}={value} is not a name ending in .npz; choose one that is")
+    return value
+
+
+images_option = click.option(
+    "--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
+    required=True,
+)  # fmt: skip
+detector_options = combined(
+    click.option("--detector", help=f"Feature network: {', '.join(NAMES)}, a local .pth, or a TorchScript .pt",
+                 metavar="NAME|PATH", default="inception", callback=check_detector_option),
+    click.option("--resize", help="How Inception gets its 299 pixels: tf1 (EDM, StyleGAN), or as pytorch-fid",
+                 type=click.Choice(RESIZES), default="tf1"),
+    click.option("--detector-runs-code", help="Allow a TorchScript --detector, which is a program", is_flag=True),
+)  # fmt: skip
+record_options = combined(
+    click.option("--desc", help="Text for the record", metavar="STR"),
+    click.option("--features", help="Keep the features of the images here; used again if they fit", metavar="NPZ",
+                 callback=parse_npz),
+    click.option("--out", help="File that gets a JSON line for each metric", metavar="JSONL", default="metrics.jsonl"),
+)  # fmt: skip
+dry_run_option = click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
+machine_options = combined(
+    click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
+    click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
+    device_option,
+    offline_option,
+    dry_run_option,
+)
