@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -11,6 +12,12 @@ import click
 
 from .signals import Stopped, signals, stoppable
 
+#: How gloo and NCCL say that the other side is gone, or too slow.
+GONE = re.compile(
+    r"abort|time-?d? ?-?out|heartbeat|broken pipe|connection (was )?(closed|reset|refused)|remote process (exited|has)"
+    r"|socket (closed|error)|network error",
+    re.IGNORECASE,
+)
 #: Seconds that rank 0 waits for the reason why another process ended.
 REASON_WAIT = 3.0
 
@@ -85,12 +92,19 @@ def explain(error: Exception) -> str | None:
 
 
 def _lost_contact(error: Exception) -> str | None:
-    """One line for a collective operation that failed, which mostly means that another process ended."""
+    """One line for a collective operation that failed; None for other errors.
+
+    Mostly another process has ended. What is wrong with the set-up would be no better the next time.
+    """
+    text = str(error)
     if not isinstance(error, RuntimeError):
         return None
-    if not (type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)):
+    if not (type(error).__name__.startswith("Dist") or "gloo" in text or "NCCL" in text):
         return None
-    return f"another process of this run ended or does not answer ({first_line(error)}); repeat the command to go on"
+    cause = first_line(text.partition("Last error:")[2].strip() or text)  # NCCL's own reason stands at the end
+    if GONE.search(cause) or ("Last error:" not in text and GONE.search(text)):
+        return f"another process of this run ended or does not answer ({cause}); repeat the command to go on"
+    return f"the processes of this run cannot work together ({cause}); NCCL_DEBUG=WARN tells more"
 
 
 def one_line_errors(command: click.Command) -> Callable[[], None]:

@@ -81,6 +81,11 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes > 1 and device.index is not None:
+            raise UserError(f"--device={name} is one GPU for {processes} processes; leave the number out")
+        if processes > count > 0:
+            raise UserError(f"{processes} processes for {count} GPUs; start at most one for each, or use --device=cpu")
         index = local_rank if device.index is None else device.index
         if index >= count:
             raise UserError(f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,3 +230,58 @@ def test_only_names_that_were_made_here_are_removed(tmp_path):
     (tmp_path / ".0123456789ab.tmp.folder").mkdir()
     remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == kept | {".0123456789ab.tmp.folder"}
+
+
+# --- Collective operations that fail ---------------------------------------------------------------------------------
+
+NCCL = "NCCL error in: /src/NCCLUtils.cpp:94, {kind}, NCCL version 2.27.7\n{code}: {advice}\nLast error:\n{last}"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            NCCL.format(
+                kind="invalid usage (run with NCCL_DEBUG=WARN for details)",
+                code="ncclInvalidUsage",
+                advice="This usually reflects invalid usage of NCCL library.",
+                last="Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 18000",
+            ),
+            r"cannot work together \(Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 18000\)",
+        ),
+        (
+            NCCL.format(
+                kind="unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+                code="ncclUnhandledCudaError",
+                advice="Call to CUDA function failed.",
+                last="Cuda failure 'peer access is not supported between these two devices'",
+            ),
+            r"cannot work together \(Cuda failure 'peer access",
+        ),
+        (
+            NCCL.format(
+                kind="remote process exited or there was a network error",
+                code="ncclRemoteError",
+                advice="A call failed possibly due to a network error or a remote process exiting prematurely.",
+                last="socketPollConnect: connect to 10.0.0.2<40000> returned Connection refused",
+            ),
+            "ended or does not answer .*Connection refused.*repeat the command",
+        ),
+        ("NCCL communicator was aborted on rank 1.", "ended or does not answer .*aborted.*repeat the command"),
+        (
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 1800000 milliseconds",
+            "ended or does not answer .*repeat the command",
+        ),
+        (
+            "[/src/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31337",
+            "ended or does not answer .*repeat the command",
+        ),
+        ("[gloo/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv", "ended or does not answer"),
+        ("[gloo] Unable to find address for: enp9s0", r"cannot work together .*enp9s0\)"),
+    ],
+)
+def test_the_cause_of_a_failed_collective_operation_is_quoted(text, message, monkeypatch, capsys):
+    dist_error = type("DistBackendError", (RuntimeError,), {})
+    code, shown = outcome(dist_error(text), monkeypatch, capsys)
+    assert code == 1 and shown.count("\n") == 1 and re.search(message, shown), shown
+    assert ("repeat the command" in shown) == ("does not answer" in shown)

@@ -28,6 +28,7 @@ from tiny import (
 
 from dnnlib import UserError
 from torch_utils import distributed
+from torch_utils.device import pick_device
 from training.conditions import draw_labels, draw_noise, draw_num_steps
 
 CLOSE = 1e-5
@@ -208,3 +209,105 @@ def test_no_thread_of_the_group_outlives_it(way):
     done = subprocess.run([sys.executable, "-c", LEAVE, way], cwd=ROOT, env={**os.environ, **env}, timeout=120,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 40, 1 << 20])
+def test_buckets_hold_every_gradient_once_and_one_dtype_each(bucket_bytes):
+    grads = [torch.zeros(n) for n in (3, 5, 1)] + [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(4)]
+    buckets = list(distributed.gradient_buckets(grads, bucket_bytes))
+    assert [id(g) for bucket in buckets for g in bucket] == [id(g) for g in grads]
+    assert all(len({g.dtype for g in bucket}) == 1 for bucket in buckets)
+    assert len(buckets) == {1: 5, 40: 3, 1 << 20: 3}[bucket_bytes]
+    # A bucket is closed by the gradient that fills it, so that all but the last one would be too small without it.
+    assert all(sum(g.nbytes for g in bucket[:-1]) < bucket_bytes for bucket in buckets)
+
+
+AVERAGE = """
+import json, os, sys
+import torch
+from torch_utils import distributed
+torch.set_num_threads(1)
+distributed.init(torch.device("cpu"))
+found = []
+for compression in (None, torch.bfloat16):
+    for bucket_bytes in (1, 100, 1 << 20):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((7, 3), (5,), (2, 2, 3, 3))]
+        rng = torch.Generator().manual_seed(distributed.rank())
+        for p in params[:2]:
+            p.grad = torch.randn(p.shape, generator=rng)
+        params[0].grad = params[0].grad.T.contiguous().T  # any memory order
+        distributed.average_gradients(params, compression, bucket_bytes)
+        assert params[2].grad is None
+        found.append(torch.cat([p.grad.flatten() for p in params[:2]]).tolist())
+if distributed.rank() == 0:
+    print(json.dumps(found), flush=True)
+distributed.barrier()
+distributed.shutdown()
+"""
+
+
+def test_averaged_gradients_are_the_same_for_every_size_of_bucket():
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", AVERAGE], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, **env, "RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    output = [rank.communicate(timeout=120)[0] for rank in ranks]
+    found = torch.tensor(json.loads(output[0]))
+    sides = []
+    for seed in range(2):
+        rng = torch.Generator().manual_seed(seed)
+        sides.append(torch.cat([torch.randn(shape, generator=rng).flatten() for shape in ((7, 3), (5,))]))
+    mean = (sides[0] + sides[1]) / 2
+    assert all(torch.equal(row, mean) for row in found[:3])
+    assert all(torch.equal(row, found[3]) for row in found[3:])
+    sent = (sides[0].bfloat16() + sides[1].bfloat16()).float() / 2
+    assert torch.equal(found[3], sent) and not torch.equal(sent, mean)
+
+
+# --- On a GPU, by stand-ins ------------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_objects_and_barriers_go_over_gloo(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *a, **k: iter([(distributed.dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **k: asked.update(backend=backend, **k))
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: asked.update(at_exit=function))
+    distributed.init(torch.device("cuda", 1))
+    distributed.share_failures(None)
+    assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["device_id"] == torch.device("cuda", 1)
+    assert asked["device"] == torch.device("cuda", 1) and asked["at_exit"] is distributed._abandon
+
+
+@pytest.mark.parametrize("config, calls", [("cpu:gloo,cuda:nccl", ["abort"]), ("cpu:gloo,cuda:gloo", ["destroy"])])
+def test_after_an_error_nobody_waits_for_nccl(config, calls, monkeypatch):
+    made = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: config)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: made.append("destroy"))
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_abort_process_group", lambda: made.append("abort"))
+    distributed._abandon()
+    assert made == calls
+
+
+@pytest.mark.parametrize(
+    "name, processes, gpus, message",
+    [
+        ("cuda:0", 2, 2, "--device=cuda:0 is one GPU for 2 processes; leave the number out"),
+        ("cuda", 4, 2, "4 processes for 2 GPUs"),
+        (None, 2, 1, "2 processes for 1 GPUs"),
+        ("cuda:3", 1, 2, "needs GPU 3, this machine shows 2"),
+    ],
+)
+def test_processes_that_would_share_a_gpu_are_refused(name, processes, gpus, message, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message):
+        pick_device(name, 0)
