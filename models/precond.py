@@ -16,6 +16,7 @@ the inverse of their own noise schedule and N the number of its steps:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Precond(nn.Module):
     Attributes:
         img_resolution, img_channels: size and channels of the states.
         label_dim: number of classes, 0 for an unconditional model.
+        class_frequencies: part of the data that each class had in training, None where that is not known.
         context_dim: width of the text condition, None for a model without.
         noise_schedule: the model's own, for the schedule `discrete`; None for a model of continuous noise levels.
         compute_dtype: None, or a torch dtype that overrides `use_fp16` on every device.
@@ -54,6 +56,7 @@ class Precond(nn.Module):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16 = use_fp16
+        self.class_frequencies: tuple[float, ...] | None = None
         self.context_dim: int | None = None
         self.noise_schedule: DiscreteNoise | None = None
         self.compute_dtype: torch.dtype | None = None
@@ -148,6 +151,7 @@ class EDMPrecond(Precond):
     Args:
         img_resolution, img_channels: image size and channels.
         label_dim: number of classes, 0 for an unconditional model.
+        class_frequencies: part of the data that each class had in training, where that is known.
         use_fp16: recorded by EDM pickles: run the core in float16 where the input is on CUDA.
         sigma_min, sigma_max: range of noise levels that the network was trained on.
         sigma_data: expected standard deviation of the data.
@@ -166,6 +170,7 @@ class EDMPrecond(Precond):
         sigma_max: float = float("inf"),
         sigma_data: float = 0.5,
         model_type: str = "DhariwalUNet",
+        class_frequencies: Sequence[float] | None = None,
         **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
@@ -181,6 +186,9 @@ class EDMPrecond(Precond):
             model_type=model_type,
             **model_kwargs,
         )
+        if class_frequencies is not None:
+            self.class_frequencies = _check_frequencies(class_frequencies, label_dim)
+            self.init_kwargs["class_frequencies"] = list(self.class_frequencies)
         self.model = NETWORKS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
@@ -334,6 +342,14 @@ class CFGPrecond(Precond):
 
 #: The denoisers that a file may describe.
 PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond)}
+
+
+def _check_frequencies(frequencies: Sequence[float], label_dim: int) -> tuple[float, ...]:
+    """Parts of a whole, one for each class."""
+    values = tuple(float(value) for value in frequencies)
+    if len(values) != label_dim or not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-3:
+        raise ValueError(f"class_frequencies must be {label_dim} numbers from 0 to 1 that add up to 1")
+    return values
 
 
 def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:

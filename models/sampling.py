@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from dnnlib import UserError, sha256_of
 from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
-from torch_utils.random import sample_generators, stacked_randint, stacked_randn
+from torch_utils.random import draw_classes, sample_generators, stacked_randn
 
 from .loading import find_student, is_teacher_file, load_student, load_teacher, read_sampling
 from .model import VARIABLE_STEPS, DiffusionModel, SamplingSettings, Student
@@ -80,7 +80,8 @@ def draw_latents(
     """Start states at σ_max `[N, C, H, W]`, and what they are conditioned on, on the device.
 
     That is one-hot labels `[N, label_dim]`, text conditions `[N, tokens, width]`, or None for neither. Each sample
-    draws its noise, then its label unless `class_index` gives one, from a generator of its own seed.
+    draws its noise, then its label unless `class_index` gives one, from a generator of its own seed; classes are as
+    frequent as in the teacher's data, where its file says so.
     """
     device = next(model.parameters()).device
     generators = sample_generators(seeds)
@@ -91,7 +92,7 @@ def draw_latents(
         return x, model.encode_text(prompts.choose(seeds, generators))
     if model.label_dim == 0:
         return x, None
-    index = stacked_randint(generators, model.label_dim)
+    index = draw_classes(generators, model.label_dim, model.net.class_frequencies)
     if class_index is not None:
         index = torch.full_like(index, class_index)
     return x, one_hot(index, model.label_dim).float().to(device)

@@ -35,3 +35,18 @@ def stacked_randn(generators: Sequence[torch.Generator], shape: Sequence[int]) -
 def stacked_randint(generators: Sequence[torch.Generator], high: int) -> Tensor:
     """Integers in `[0, high)`, `[len(generators)]` (int64, CPU), element i from generator i alone."""
     return torch.cat([torch.randint(high, [1], generator=g) for g in generators])
+
+
+def draw_classes(
+    generators: Sequence[torch.Generator], classes: int, frequencies: Sequence[float] | None = None, count: int = 1
+) -> Tensor:
+    """Classes from 0 to `classes` − 1, as frequent as `frequencies` say, or all alike.
+
+    Returns:
+        Indices `[len(generators) · count]` (int64, CPU): `count` from each generator, one generator after the other.
+    """
+    if frequencies is None:
+        return torch.cat([torch.randint(classes, [count], generator=g) for g in generators])
+    edges = torch.tensor(frequencies, dtype=torch.float64, device="cpu").cumsum(0)
+    uniform = torch.cat([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
+    return torch.searchsorted(edges / edges[-1], uniform, right=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from torch_utils.random import generator
+from torch_utils.random import draw_classes, generator
 
 # Names of the random streams of a run; each is followed by the iteration.
 NOISE, LABELS, STEPS, DROPOUT, INIT = range(5)
@@ -19,11 +19,16 @@ def draw_noise(seed: int, iteration: int, batch: int, shape: tuple[int, ...]) ->
     return torch.randn(batch, *shape, generator=generator(seed, NOISE, iteration))
 
 
-def draw_labels(seed: int, iteration: int, batch: int, label_dim: int) -> Tensor | None:
-    """Uniform one-hot labels `[batch, label_dim]` of the whole batch (float32, CPU); None without classes."""
+def draw_labels(
+    seed: int, iteration: int, batch: int, label_dim: int, frequencies: Sequence[float] | None = None
+) -> Tensor | None:
+    """One-hot labels `[batch, label_dim]` of the whole batch (float32, CPU); None without classes.
+
+    Classes are as frequent as `frequencies` say, or all alike.
+    """
     if label_dim == 0:
         return None
-    return one_hot(torch.randint(label_dim, [batch], generator=generator(seed, LABELS, iteration)), label_dim).float()
+    return one_hot(draw_classes([generator(seed, LABELS, iteration)], label_dim, frequencies, batch), label_dim).float()
 
 
 def draw_captions(seed: int, iteration: int, batch: int, captions: Sequence[str]) -> list[str]:

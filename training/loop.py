@@ -235,7 +235,8 @@ class Run:
         if self.prompts is not None:
             captions = draw_captions(config.seed, iteration, config.batch, self.prompts.texts)
             return self.student.encode_text(captions[share])
-        labels = draw_labels(config.seed, iteration, config.batch, self.student.label_dim)
+        net = self.student.net
+        labels = draw_labels(config.seed, iteration, config.batch, net.label_dim, net.class_frequencies)
         return None if labels is None else self._to_device(labels[share])
 
     def _to_device(self, value: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ from torch_utils.device import (
 )
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.metrics.image_set import ImageDataset
-from torch_utils.random import derive_seed, generator, sample_generators, stacked_randint, stacked_randn
+from torch_utils.random import derive_seed, draw_classes, generator, sample_generators, stacked_randn
 
 from .optimizers import make_optimizer, set_learning_rate
 from .runs import lock
@@ -222,15 +222,16 @@ class Trainer:
         """Write the averaged networks and a picture of samples of the first."""
         for path, width, average in self.teachers():
             training = {**self.config.to_json(), "images_seen": self.nimg, "seconds": round(self.seconds)}
-            settings = {
-                "format": "teacher",
-                "network": {"class": "EDMPrecond", **self.config.network},
-                "training": {**training, "ema": width},
-            }
+            network = {"class": "EDMPrecond", **self.config.network}
             if self.labels is not None:
-                settings["class_frequencies"] = self.labels.double().mean(0).tolist()
+                network["class_frequencies"] = self._frequencies()
+            settings = {"format": "teacher", "network": network, "training": {**training, "ema": width}}
             save_network(path, average.state_dict(), settings)
         save_picture(draw_grid(square_rows(self.sample(64))), self.outdir / "samples.png")
+
+    def _frequencies(self) -> list[float] | None:
+        """Part of the images that each class has."""
+        return None if self.labels is None else self.labels.double().mean(0).tolist()
 
     def start(self) -> int:
         """Take what fits from the network that `transfer` names; returns the number of tensors."""
@@ -284,9 +285,8 @@ class Trainer:
         noise = stacked_randn(sample_generators(range(count)), shape).to(self.device)
         labels = None
         if self.labels is not None:
-            # Labels of random images: every class is as frequent as in the data.
-            drawn = [generator(self.config.seed, 4, seed) for seed in range(count)]
-            labels = self.labels[stacked_randint(drawn, len(self.labels))].to(self.device)
+            drawn = draw_classes([generator(self.config.seed, 4)], net.label_dim, self._frequencies(), count)
+            labels = torch.nn.functional.one_hot(drawn, net.label_dim).float().to(self.device)
         states = solve(get_solver("heun"), lambda x, s: net(x, s, labels), noise * 80.0, sigmas, every=17)
         return to_uint8(states[-1])
 

@@ -105,6 +105,9 @@ def test_the_newest_snapshot_of_a_run_directory_is_taken(tmp_path):
     ({"model_type": "VPPrecond"}, "cannot be built"),
     ({"sides": 4}, "unknown arguments: sides"),
     ({"img_channels": 1}, r"differences, first model\.enc\.8x8_conv\.weight"),
+    ({"class_frequencies": [0.5, 0.5]}, "class_frequencies must be 0 numbers"),
+    ({"class_frequencies": "often"}, "cannot be built"),
+    ({"class_frequencies": [float("nan")], "label_dim": 1}, "class_frequencies must be 1 numbers"),
     ({"use_step_condition": True}, r"missing model\.map_step_layer0\.weight"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_the_tensors_are_one_line(net, change, message):

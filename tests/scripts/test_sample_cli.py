@@ -22,18 +22,21 @@ from tiny import (
     invoke,
     known_as_tiny,
     newest_student,
+    only_run,
     pixels,
     png_names,
     run_ranks,
     run_script,
     student,
     teacher,
+    train_flags,
     write_teacher,
 )  # fmt: skip
 
 from dnnlib import UserError
 from models import sampling
 from models.precond import EDMPrecond
+from torch_utils.checkpoint import read_settings
 from torch_utils.metrics.image_set import ImageDataset
 from training.options import parse_seeds
 
@@ -546,6 +549,19 @@ def test_grid_of_two_processes(tmp_path):
     args = flags(SAMPLE, model_path=student(), seeds="0-5", outdir=tmp_path / "two", grid=True)
     run_ranks("sample", args, tmp_path, 2).ok()
     assert (tmp_path / "two" / "grid.png").read_bytes() == (tmp_path / "x" / "grid.png").read_bytes()
+
+
+def test_frequencies_of_the_teacher_pass_to_its_student(tmp_path):
+    """Training draws labels by them, and so does sampling where no class is asked for."""
+    rare = write_teacher(tmp_path / "rare.safetensors", label_dim=3, class_frequencies=[0.0, 1.0, 0.0])
+    invoke("train", *train_flags(rare, outdir=tmp_path / "run", total_kimg=0.016)).ok()
+    found = only_run(tmp_path / "run")
+    assert read_settings(newest_student(found))["network"]["class_frequencies"] == [0, 1, 0]
+    for source in (found, rare):
+        for name, more in (("drawn", {}), ("asked", {"class": 1}), ("other", {"class": 2})):
+            sample(source, seeds="0-5", outdir=f"{source.name}-{name}", **more).ok()
+        drawn, asked, other = (contents(f"{source.name}-{name}") for name in ("drawn", "asked", "other"))
+        assert drawn == asked != other
 
 
 def test_students_of_classes_know_their_classes():

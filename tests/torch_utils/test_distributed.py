@@ -120,6 +120,8 @@ def test_noise_and_labels_differ_between_samples_iterations_and_seeds():
     labels = torch.cat([draw_labels(0, i, 64, 3) for i in range(20)])
     assert labels.sum(1).eq(1).all() and labels.mean(0).sub(1 / 3).abs().max() < 0.06
     assert draw_labels(0, 0, 8, 0) is None
+    rare = torch.cat([draw_labels(0, i, 64, 3, [0.1, 0.0, 0.9]) for i in range(20)])
+    assert rare.sum(1).eq(1).all() and rare.mean(0).sub(torch.tensor([0.1, 0, 0.9])).abs().max() < 0.03
     big = torch.cat([draw_noise(0, i, 64, shape) for i in range(10)])
     assert abs(float(big.mean())) < 0.02 and abs(float(big.std()) - 1) < 0.02
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dnnlib import UserError
-from torch_utils.random import derive_seed, generator, sample_generators, stacked_randint, stacked_randn
+from torch_utils.random import derive_seed, draw_classes, generator, sample_generators, stacked_randint, stacked_randn
 from training.conditions import DROPOUT, INIT, LABELS, NOISE, STEPS
 from training.config import DistillConfig, micro_batch
 
@@ -61,6 +61,23 @@ def test_integers_follow_the_noise_and_stay_in_range():
     drawn = stacked_randint(generators, 3)
     assert drawn.dtype == torch.int64 and set(drawn.tolist()) == {0, 1, 2}
     assert not torch.equal(drawn, stacked_randint(sample_generators(range(200)), 3))
+
+
+def test_classes_are_as_frequent_as_stated():
+    frequencies, seeds = [0.0, 0.6, 0.0, 0.3, 0.1, 0.0], range(3000)
+    drawn = draw_classes(sample_generators(seeds), 6, frequencies)
+    assert drawn.dtype == torch.int64 and drawn.shape == (3000,)
+    counts = torch.bincount(drawn, minlength=6) / 3000
+    assert torch.allclose(counts, torch.tensor(frequencies), atol=0.03) and set(drawn.tolist()) == {1, 3, 4}
+    assert torch.equal(drawn[5:9], draw_classes(sample_generators(seeds[5:9]), 6, frequencies))  # by its seed alone
+    assert torch.equal(drawn, draw_classes(sample_generators(seeds), 6, [10 * f for f in frequencies]))
+    assert draw_classes([generator(1)], 6, frequencies, 7).shape == (7,)
+
+
+def test_classes_without_frequencies_are_drawn_as_ever():
+    assert torch.equal(draw_classes(sample_generators(range(50)), 4), stacked_randint(sample_generators(range(50)), 4))
+    expected = torch.randint(5, [9], generator=generator(2, 3))
+    assert torch.equal(draw_classes([generator(2, 3)], 5, None, 9), expected)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 80)))

@@ -216,10 +216,10 @@ def test_class_frequencies_are_recorded(tmp_path):
     labels = [[f"{i:04d}.png", 2 * (i >= 6) + (i == 9)] for i in range(10)]
     (data / "dataset.json").write_text(json.dumps({"labels": labels, "class_names": list("abcd")}))
     pretrain(data, tmp_path / "run", kimg=0.016, cond=True).ok()
-    found = read_settings(tmp_path / "run" / "teacher.safetensors")["class_frequencies"]
+    found = read_settings(tmp_path / "run" / "teacher.safetensors")["network"]["class_frequencies"]
     assert found == pytest.approx([0.6, 0, 0.3, 0.1])
     pretrain(data, tmp_path / "without", kimg=0.016).ok()
-    assert "class_frequencies" not in read_settings(tmp_path / "without" / "teacher.safetensors")
+    assert "class_frequencies" not in read_settings(tmp_path / "without" / "teacher.safetensors")["network"]
 
 
 # --- Where a run starts, and what a kill leaves ----------------------------------------------------------------------
