@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dnnlib import UserError, make_folder, one_line_errors
-from dnnlib.options import Group, section
+from dnnlib.options import Group, precision_option, section
 from models.detectors import Detector
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler, plan_sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
-from torch_utils.device import PRECISIONS, pick_device, pick_precision, precision_option
+from torch_utils.device import PRECISIONS, pick_device, pick_precision
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.kernel import kernel_distance
@@ -323,7 +323,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
                          detector=opts["detector"], precision=precision, device=str(device),
                          missing=missing_paths(ref))  # fmt: skip
     open_ref = open_reference(ref, statistics=False)
-    distributed.on_first_rank(lambda: make_folder(place, "--outdir"))
+    distributed.on_first_rank(lambda: make_folder(place, "outdir"))
     student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
     rows = comparison.samplers(student, precision)
     extractor = open_extractor(opts)

@@ -16,17 +16,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dnnlib import UserError, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, offline_option, section
+from dnnlib.options import Command, device_option, offline_option, precision_option, section
 from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
-from torch_utils.device import (
-    PRECISIONS,
-    configure_backends,
-    device_option,
-    pick_device,
-    pick_precision,
-    precision_option,
-)
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.image_writer import ImageWriter
 from torch_utils.images import draw_grid, save_picture, square_rows
 from training.options import dry_run_option, sample_options, sampler_options, solver_options
@@ -72,7 +65,7 @@ def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequen
 def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
     """All images in one picture, `grid.png`; rows say which seeds they are of where there is room to."""
     images = sample_all(sampler, seeds, class_index, batch)
-    make_folder(outdir, "--outdir")
+    make_folder(outdir, "outdir")
     rows = square_rows(images)
     starts = range(0, len(seeds), len(rows[0]))
     names = [f"{seeds[i]}–{seeds[min(i + len(rows[0]), len(seeds)) - 1]}" for i in starts]
@@ -91,7 +84,7 @@ def write_comparison(
     rows.append(ComparedSampler("student", student.sampler, student.identity))
     images = [sample_all(row.sampler, seeds, class_index, batch) for row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
-    make_folder(outdir, "--outdir")
+    make_folder(outdir, "outdir")
     labels = [f"{row.label}, NFE {row.sampler.nfe}" for row in rows]
     scale = max(1, 64 // images[0].shape[1])
     save_picture(draw_sheet(images, labels, [str(seed) for seed in seeds], scale), outdir / "compare.png")

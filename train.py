@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from dnnlib import UserError, one_line_errors
-from dnnlib.options import Command, offline_option, section
+from dnnlib.options import Command, device_option, offline_option, precision_option, section
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
-from torch_utils.device import configure_backends, device_option, pick_device, pick_precision, precision_option
+from torch_utils.device import configure_backends, pick_device, pick_precision
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, teacher_name
 from training.cost import estimate

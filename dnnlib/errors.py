@@ -23,11 +23,17 @@ REASON_WAIT = 3.0
 
 
 class UserError(Exception):
-    """What the user can mend, in one line: what was given, what was expected, what to do."""
+    """What the user can mend, in one line: what was given, what was expected, what to do.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        message: the line.
+        about: name of the argument or setting that is at fault; a command that has an option of this name puts its flag
+            before the message.
+    """
+
+    def __init__(self, message: str, about: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message, self.about = message, about
 
 
 def printable(text: str) -> str:
@@ -121,7 +127,7 @@ def one_line_errors(command: click.Command) -> Callable[[], None]:
             except BaseException as error:
                 # torchrun sends SIGTERM when another rank has failed; that must not keep this one from saying so.
                 signals.deferred = True
-                _report(error)
+                _report(error, command)
                 raise
             finally:
                 share_failures(None)
@@ -129,7 +135,15 @@ def one_line_errors(command: click.Command) -> Callable[[], None]:
     return run
 
 
-def _report(error: BaseException) -> None:
+def with_flag(error: UserError, command: click.Command) -> str:
+    """The message of an error, behind the flag of `command`, or of one of its sub-commands, that it is about."""
+    commands = [command, *getattr(command, "commands", {}).values()]
+    options = {param.name: param for each in commands for param in each.params if isinstance(param, click.Option)}
+    option = options.get(error.about or "")
+    return error.message if option is None else f"{max(option.opts, key=len)}: {error.message}"
+
+
+def _report(error: BaseException, command: click.Command) -> None:
     """Say on rank 0 what ended the command, or leave it to rank 0; returns if that is not the user's to mend."""
     is_first = int(os.environ.get("RANK", "0")) == 0
     message: str | None
@@ -142,7 +156,7 @@ def _report(error: BaseException) -> None:
     elif isinstance(error, click.exceptions.Abort):
         sys.exit(130)
     elif isinstance(error, UserError):
-        message = error.message
+        message = with_flag(error, command)
     elif isinstance(error, click.ClickException):
         message = error.format_message()
         if isinstance(error, click.UsageError) and error.ctx is not None:

@@ -61,14 +61,14 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def make_folder(path: str | Path, flag: str) -> None:
-    """Make a folder and its parents; a place that cannot be written is one clear line that names the `flag`."""
+def make_folder(path: str | Path, about: str | None = None) -> None:
+    """Make a folder and its parents; a place that cannot be written is one clear line, about the option `about`."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(0, "no permission to write")
     except OSError as error:
-        raise UserError(f"{flag}={path} cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder", about) from None
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""What the commands have in common: how they end when stopped or given something unusable, and options of all."""
+"""What the commands have in common: options of several of them, and the form of their help."""
 
 import os
 import signal
@@ -22,6 +22,13 @@ offline_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_go_offline,
+)
+#: Decorators for a command: what `torch_utils.device` picks from.
+device_option = click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+precision_option = click.option(
+    "--precision",
+    help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
 )
 
 
@@ -85,11 +92,3 @@ class Group(_Documented, click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, no_args_is_help=False, **kwargs)  # no command is an error like others, in one line
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Signals
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Errors

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line, need
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
 from .latent import LatentSpace
@@ -77,7 +77,7 @@ def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
         with torch.device("meta"):
             return PRECONDITIONERS[name](**arguments)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{source} describes a network that cannot be built ({error})") from None
+        raise UserError(f"{source} describes a network that cannot be built ({first_line(error)})") from None
 
 
 def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str) -> None:
@@ -106,16 +106,9 @@ def read_config(name: str) -> dict[str, Any]:
 
     `network` is the network's class and constructor arguments; latent models have `first_stage` too.
     """
-    try:
-        from omegaconf import OmegaConf
-    except ImportError as error:
-        raise UserError(
-            f"the networks of published models are described in YAML, which omegaconf reads ({error}); "
-            "run: pip install omegaconf"
-        ) from None
+    yaml: Any = need("omegaconf", "pip install omegaconf").OmegaConf
     path = CONFIGS / name
-    file = OmegaConf.load(path if path.suffix else path.with_suffix(".yaml"))
-    config: Any = OmegaConf.to_container(file, resolve=True)
+    config: Any = yaml.to_container(yaml.load(path if path.suffix else path.with_suffix(".yaml")), resolve=True)
     return config
 
 
@@ -164,7 +157,7 @@ def load_teacher(
         own = DatasetSpec(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
         row = own if latent is None else get_row(name)
     elif dataset_name is None:
-        raise UserError("no dataset_name and no model_path; give --dataset_name, or the file of a teacher")
+        raise UserError("is missing; give the name of a data set, or the file of a teacher", "dataset_name")
     else:
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
@@ -175,7 +168,7 @@ def load_teacher(
 def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetSpec:
     names = [row.name for row in ROWS.values() if row.loader == "stable-diffusion"]
     if dataset_name not in names:
-        raise UserError(f"{model_path} is a Stable Diffusion model; give --dataset_name={names[0]} with it")
+        raise UserError(f"{model_path} is a Stable Diffusion model; name its data set, {names[0]}", "dataset_name")
     return ROWS[dataset_name]
 
 
@@ -280,7 +273,7 @@ def _read_own_teacher(path: Path) -> Precond:
         tensors, settings = read_network(path)
         is_student, spec = settings.get("format") != "teacher", settings["network"]
     if is_student:
-        raise UserError(f"{path} is a student, not a teacher; to distil it further, add --is_second_stage=True")
+        raise UserError(f"{path} is a student, not a teacher; a second stage distils it further", "is_second_stage")
     return build_network(spec, tensors, str(path))
 
 
@@ -346,7 +339,7 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
         return read_reference_student(path)[2]
     settings = read_settings(path)
     if settings.get("format") != "student":
-        raise UserError(f"{path} is a teacher, not a student; sample it with --model_path=teacher")
+        raise UserError(f"{path} is a teacher, not a student")
     return SamplingSettings.from_json(settings.get("sampling"), str(path))
 
 

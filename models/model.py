@@ -175,13 +175,13 @@ class DiffusionModel(nn.Module):
     def check_class(self, index: int | None) -> None:
         """Refuse a class that the model does not have."""
         if index is not None and index >= self.label_dim:
-            has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes; leave --class out"
-            raise UserError(f"--class={index}, but {self.dataset_name} has {has}")
+            has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes"
+            raise UserError(f"{self.dataset_name} has {has}, so class {index} cannot be asked for", "class_index")
 
     def check_prompt(self, prompt: str | None) -> None:
         """Refuse a caption for a model that takes none."""
         if prompt is not None and not self.has_text:
-            raise UserError(f"--prompt needs a text-conditioned model (ms_coco); {self.dataset_name} has no text")
+            raise UserError(f"{self.dataset_name} has no text; a caption is for a model that has (ms_coco)", "prompt")
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""

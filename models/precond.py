@@ -132,7 +132,8 @@ class Precond(nn.Module):
         """Keep only the inputs of blocks while training and compute the rest again: less memory, more time."""
         if not isinstance(self.model, (GuidedUNet, EDM2UNet)):
             raise UserError(
-                "--gradient_checkpointing=True is for latent, LSUN and EDM2 networks; --batch-gpu saves memory instead"
+                "only latent, LSUN and EDM2 networks checkpoint gradients; a smaller micro-batch helps too",
+                "gradient_checkpointing",
             )
         self.model.gradient_checkpointing = True
 

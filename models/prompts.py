@@ -92,12 +92,12 @@ def choose_prompts(model: DiffusionModel, options: SamplerOptions) -> Prompts | 
         model.check_prompt(options.prompt)
         for name in ("prompts", "guidance_rate"):
             if getattr(options, name) is not None:
-                raise UserError(f"--{name} needs a text-conditioned model (ms_coco); {model.dataset_name} has no text")
+                raise UserError(f"{model.dataset_name} has no text; this is for a model that has (ms_coco)", name)
         return None
     if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
-        raise UserError(f"--guidance_rate={options.guidance_rate} is not a finite number; give one")
+        raise UserError(f"{options.guidance_rate} is not a finite number; give one", "guidance_rate")
     if options.prompt is not None and options.prompts is not None:
-        raise UserError("--prompt and --prompts both give captions; leave one of them out")
+        raise UserError("one caption and a file of captions were given; leave one of them out", "prompts")
     if options.prompt is not None:
         return Prompts([options.prompt])
     return captions_by_seed() if options.prompts is None else Prompts(read_prompts(options.prompts))

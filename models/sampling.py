@@ -125,12 +125,13 @@ def settings_for(settings: SamplingSettings, num_steps: int | None) -> SamplingS
     if num_steps is not None and num_steps != settings.num_steps:
         if not settings.is_variable:
             raise UserError(
-                f"--num_steps={num_steps}, but the student was distilled for {settings.num_steps}; leave the flag out, "
-                "or train one with --use_step_condition=True"
+                f"the student was distilled for {settings.num_steps} timestamps, not {num_steps}; one with a step "
+                "condition (SFD-v) serves several",
+                "num_steps",
             )
         low, high = min(VARIABLE_STEPS), max(VARIABLE_STEPS)
         if not low <= num_steps <= high:
-            raise UserError(f"--num_steps={num_steps} is not what SFD-v is made for; choose from {low} to {high}")
+            raise UserError(f"{num_steps} is not what SFD-v is made for; choose from {low} to {high}", "num_steps")
         settings = replace(settings, num_steps=num_steps)
     return settings
 
@@ -282,14 +283,10 @@ def open_sampler(
 
 def _check_student(settings: SamplingSettings, dataset_name: str | None, options: SamplerOptions) -> None:
     if dataset_name is not None and dataset_name != settings.dataset_name:
-        raise UserError(
-            f"--dataset_name={dataset_name}, but the student is of {settings.dataset_name}; leave the flag out"
-        )
+        raise UserError(f"the student is of {settings.dataset_name}, not of {dataset_name}", "dataset_name")
     foreign = [name for name in options.given() if name not in STUDENT_OPTIONS]
     if foreign:
-        raise UserError(
-            f"--{foreign[0]} belongs to a teacher; a student takes the steps it was distilled for, so leave it out"
-        )
+        raise UserError("belongs to a teacher; a student takes the steps that it was distilled for", foreign[0])
 
 
 @dataclass(frozen=True)
@@ -314,7 +311,7 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     """
     model, plan = student.sampler.model, student.sampler.plan
     if not isinstance(model, Student):
-        raise UserError("--model_path is a teacher; expected the student to compare with its teacher")
+        raise UserError("is a teacher; expected the student to compare with its teacher", "model_path")
     teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
     choices = [(BEST, SamplerOptions(denoise_to_zero=True))]

@@ -7,19 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import torch
 
 from dnnlib import UserError
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-#: Decorators for commands: what `pick_device` and `pick_precision` take.
-device_option = click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
-precision_option = click.option(
-    "--precision",
-    help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",
-    type=click.Choice(list(PRECISIONS)),
-)
 
 # Parameters of glibc's mallopt: sizes from which memory comes straight from the system, or goes back to it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -78,7 +70,7 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"{name!r} is no device; expected cpu, cuda, cuda:N or mps", "device") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -88,12 +80,12 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
             raise UserError(f"{processes} processes for {count} GPUs; start at most one for each, or use --device=cpu")
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise UserError(f"--device={name} needs GPU {index}, this machine shows {count}; use --device=cpu")
+            raise UserError(f"{name} needs GPU {index}, this machine shows {count}; use cpu", "device")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device=mps is not available here; use --device=cpu")
+        raise UserError("mps is not available here; use cpu", "device")
     if device.type not in ("cpu", "mps"):
-        raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:N or mps")
+        raise UserError(f"{name!r} is no device; expected cpu, cuda, cuda:N or mps", "device")
     return device
 
 

@@ -56,13 +56,13 @@ class ImageWriter:
         An archive has one writer, from its first image to its last.
         """
         self._refuse_existing_archive()
-        make_folder(self.folder, "--outdir")
+        make_folder(self.folder, "outdir")
         held = open(self.folder / LOCK, "w", encoding="utf-8")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
         except BlockingIOError:
             raise UserError(
-                f"{self.dest} is being written by another process; wait for it, or choose another --outdir"
+                f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"
             ) from None
         self._refuse_existing_archive()  # it may have been completed while we looked
         self._check_options(options)
@@ -73,7 +73,7 @@ class ImageWriter:
 
     def _refuse_existing_archive(self) -> None:
         if self.zipped and self.dest.exists():
-            raise UserError(f"{self.dest} already exists; remove it, or choose another --outdir")
+            raise UserError(f"{self.dest} already exists; remove it, or choose another place", "outdir")
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse images of other options, and write down ours."""
@@ -83,13 +83,13 @@ class ImageWriter:
                 saved = json.loads(path.read_text(encoding="utf-8"))
                 changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
             except (ValueError, AttributeError, TypeError):
-                raise UserError(f"{path} is not readable; choose another --outdir") from None
+                raise UserError(f"{path} is not readable; choose another place", "outdir") from None
             if changed:
                 raise UserError(
-                    f"{self.folder} holds images made with another {', '.join(changed)}; choose another --outdir"
+                    f"{self.folder} holds images made with another {', '.join(changed)}; choose another place", "outdir"
                 )
         elif any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png")):
-            raise UserError(f"{self.folder} holds images that sample.py did not make; choose another --outdir")
+            raise UserError(f"{self.folder} holds images that were not sampled here; choose another place", "outdir")
         write_text(path, json.dumps(options, indent=2) + "\n")
 
     def path(self, seed: int) -> Path:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, section
+from dnnlib.options import Command, device_option, section
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
@@ -38,16 +38,7 @@ from models.networks.autoencoders import AUTOENCODERS
 from models.published.state_dicts import FIRST_STAGE
 from models.registry import DatasetSpec, get_row
 from models.sampling import Sampler, network_batch
-from torch_utils.device import (
-    PLAIN,
-    PRECISIONS,
-    FastPath,
-    configure_backends,
-    device_option,
-    pick_device,
-    pick_precision,
-    use_path,
-)
+from torch_utils.device import PLAIN, PRECISIONS, FastPath, configure_backends, pick_device, pick_precision, use_path
 from torch_utils.images import to_uint8
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
@@ -324,7 +315,7 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
         click.echo(json.dumps({**plan, "json": json_path}, indent=2))
         return
     if json_path is not None:
-        make_folder(Path(json_path).resolve().parent, "--json")
+        make_folder(Path(json_path).resolve().parent, "json_path")
     configure_backends()
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
     config = DistillConfig(dataset_name, batch=batch, precision=precision, **schedule)

@@ -9,13 +9,12 @@ from typing import Any
 import click
 
 from dnnlib import UserError
-from dnnlib.options import offline_option, section
+from dnnlib.options import device_option, offline_option, section
 from models.detectors import NAMES, check_detector
 from models.detectors.inception import RESIZES
 from models.registry import ROWS
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
-from torch_utils.device import device_option
 
 MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError, make_folder, one_line_errors, replacing
-from dnnlib.options import Command, offline_option, section
+from dnnlib.options import Command, device_option, offline_option, section
 from models.loading import RUNS_DIR, find_student, load_student
 from models.prompts import choose_prompts
 from models.sampling import SamplerOptions, draw_latents, student_sampler
 from solvers import Callback
-from torch_utils.device import configure_backends, device_option, pick_device
+from torch_utils.device import configure_backends, pick_device
 
 from .config import DistillConfig
 from .distill import Teacher, load_source
@@ -57,7 +57,7 @@ def open_figure(columns: int, rows: int = 1) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    make_folder(path.parent, "--dest")
+    make_folder(path.parent, "dest")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -262,7 +262,7 @@ def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
 def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> None:
     """Against NFE as `fid.py compare` draws it, or against kimg with a line for every series of snapshots."""
     if by == "nfe":
-        make_folder(dest.parent, "--dest")
+        make_folder(dest.parent, "dest")
         draw(records, dest)
         return
     figure = open_figure(2)

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, section
+from dnnlib.options import Command, device_option, precision_option, section
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import (
     read_network,
@@ -47,14 +47,7 @@ from torch_utils.checkpoint import (
     save_state,
     usable_state,
 )
-from torch_utils.device import (
-    PRECISIONS,
-    configure_backends,
-    device_option,
-    pick_device,
-    pick_precision,
-    precision_option,
-)
+from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.random import derive_seed, draw_classes, generator, sample_generators, stacked_randn
@@ -293,7 +286,7 @@ class Trainer:
 
 def train(config: PretrainConfig, device: torch.device, outdir: Path) -> None:
     """Run or continue a pre-training run in `outdir`."""
-    make_folder(outdir, "--outdir")
+    make_folder(outdir, "outdir")
     held = lock(outdir)
     if held is None:
         raise UserError(f"another process trains in {outdir}; wait for it, or use another --outdir")

@@ -125,7 +125,7 @@ def _open_run(
             raise UserError(f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}")
         changed = _changes(run_dir, saved, config, override)
         return OpenedRun(run_dir, _require_lock(run_dir), changed)
-    make_folder(outdir, "--outdir")
+    make_folder(outdir, "outdir")
     if not subdir:
         changed, saved = (), read_options(outdir)
         if saved is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnnlib import UserError, sha256_of
+from dnnlib import UserError, first_line, sha256_of
 from torch_utils.checkpoint import check_state_dict
 
 from .efficientnet_lite import EfficientNetLite
@@ -128,10 +128,10 @@ def check_detector(name_or_path: str) -> None:
         return
     if path.suffix not in (".pth", ".pt"):
         raise UserError(
-            f"--detector={name_or_path} is unknown; expected {', '.join(NAMES)}, or a file ending in .pth or .pt"
+            f"{name_or_path} is unknown; expected {', '.join(NAMES)}, or a file ending in .pth or .pt", "detector"
         )
     if not path.is_file():
-        raise UserError(f"--detector={name_or_path} does not exist; expected {', '.join(NAMES)}, or a file")
+        raise UserError(f"{name_or_path} does not exist; expected {', '.join(NAMES)}, or a file", "detector")
 
 
 def load_detector(
@@ -151,7 +151,7 @@ def load_detector(
     check_detector(name_or_path)
     device = torch.device(device)
     if resize != "tf1" and (name_or_path in LITE or name_or_path.endswith(".pt")):
-        raise UserError(f"--resize={resize} is for Inception; {name_or_path} has its own: leave it out")
+        raise UserError(f"{resize} is a way of Inception; {name_or_path} has its own", "resize")
     if name_or_path == "inception":
         return _inception(fetch_inception(), resize, device)
     if name_or_path in LITE:
@@ -170,7 +170,7 @@ def fetch_inception() -> Path:
 
 def _inception(path: Path, resize: str, device: torch.device) -> Detector:
     if resize not in RESIZES:
-        raise UserError(f"--resize={resize} is unknown; expected {', '.join(RESIZES)}")
+        raise UserError(f"{resize} is unknown; expected {', '.join(RESIZES)}", "resize")
     network = _fill(InceptionV3(resize), path, device)
     digest = sha256_of(path)
     published = digest.startswith(INCEPTION_SHA256)
@@ -200,7 +200,7 @@ def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
     """StyleGAN's form: a TorchScript module called as `module(images, return_features=True)`."""
     if not runs_code:
         raise UserError(
-            f"--detector={path} is TorchScript, a program that loading runs; add --detector-runs-code if you trust it"
+            f"{path} is TorchScript, a program that loading runs; allow it if you trust it", "detector_runs_code"
         )
     try:
         module = torch.jit.load(str(path), map_location=device).eval()
@@ -209,12 +209,8 @@ def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
         )
     except RuntimeError as error:
         raise UserError(
-            f"--detector={path} is not TorchScript that takes (images, return_features=True) ({_first_line(error)})"
+            f"{path} is not TorchScript that takes (images, return_features=True) ({first_line(error)})", "detector"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
 def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
@@ -222,7 +218,7 @@ def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{path} is not a readable state dict ({reason}); get it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         name = type(network).__name__

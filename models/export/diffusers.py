@@ -120,8 +120,8 @@ def write_pipeline(pipeline: Pipeline, dest: Path) -> None:
         UserError: it exists, or cannot be written.
     """
     if dest.exists():
-        raise UserError(f"--dest={dest} exists; choose a new folder")
-    make_folder(dest.parent, "--dest")
+        raise UserError(f"{dest} exists; choose a new folder", "dest")
+    make_folder(dest.parent, "dest")
     temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
     try:
         _write_networks(pipeline, temporary)

@@ -24,16 +24,9 @@ from ..precond import CFGPrecond
 from ..registry import get_row
 from .student import OpenedStudent
 
-INSTALL_ONNX = "pip install onnx onnxscript onnxruntime"
-
-
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
 #: An ONNX file is one message of Protocol Buffers, which has a limit.
 ONNX_LIMIT = 2**31
-
-
 #: How far an exported step may be from ours, beside the size of its result; float32 rounding is some 1e-6.
 TOLERANCE = 1e-4
 
@@ -105,10 +98,10 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
     """
     writers = {".pt2": _write_pt2, ".onnx": _write_onnx}
     if dest.suffix not in writers:
-        raise UserError(f"--dest={dest} is neither a .pt2 (torch.export) nor a .onnx file")
+        raise UserError(f"{dest} is neither a .pt2 (torch.export) nor a .onnx file", "dest")
     if dest.suffix == ".onnx":
         _need_onnx(student)
-    make_folder(dest.parent, "--dest")
+    make_folder(dest.parent, "dest")
     student.net.compute_dtype = torch.float32
     # The first is traced; a batch of one would become part of the program.
     cases = [example_inputs(student, batch) for batch in (2, 3, 1)]
@@ -148,7 +141,7 @@ def _write_pt2(exported: torch.export.ExportedProgram, record: dict[str, Any], p
 def _need_onnx(student: OpenedStudent) -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}; run: {INSTALL_ONNX}, or write a .pt2 file")
+        raise UserError(f"ONNX needs {', '.join(missing)}; run: pip install {' '.join(missing)}, or write a .pt2 file")
     size = sum(p.numel() * p.element_size() for p in student.net.parameters())
     if size >= ONNX_LIMIT:
         raise UserError(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib import UserError
+from dnnlib import need
 from torch_utils.checkpoint import PathLike, check_state_dict
 
 from .layers import Conv2d, GroupNorm
@@ -251,13 +251,8 @@ class VQAutoencoder(Autoencoder):
 
     def __init__(self, embed_dim: int, n_embed: int, **convolutional: Any) -> None:
         super().__init__(embed_dim, **convolutional)
-        try:
-            from taming.modules.vqvae.quantize import VectorQuantizer2
-        except ImportError as error:
-            raise UserError(
-                f"VQ autoencoders need taming-transformers, which cannot be imported ({error}); run: {INSTALL_TAMING}"
-            ) from None
-        self.quantize = VectorQuantizer2(n_embed, embed_dim, beta=0.25)  # beta weighs a loss of its training
+        taming: Any = need("taming.modules.vqvae.quantize", INSTALL_TAMING)
+        self.quantize = taming.VectorQuantizer2(n_embed, embed_dim, beta=0.25)  # beta weighs a loss of its training
 
     def indices(self, latents: Tensor) -> Tensor:
         """Nearest code of each latent pixel of `[B, embed_dim, h, w]`, int64 `[B · h · w]`."""

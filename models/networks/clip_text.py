@@ -12,13 +12,12 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line, need
 from dnnlib.download import HUB, cache_dir, fetch
 from torch_utils.checkpoint import PathLike, check_state_dict
 
@@ -105,14 +104,8 @@ class TextEncoder:
         return self._network(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state.float()
 
 
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"captions need transformers, which cannot be imported ({error}); run: pip install transformers"
-        ) from None
-    return transformers
+def _transformers() -> Any:
+    return need("transformers", "pip install transformers")
 
 
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> Any:
@@ -164,9 +157,8 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Any:
     try:
         tokenizer = _transformers().CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(
-            f"{folder} does not hold a usable tokenizer ({reason}); get the files of openai/{TOKENIZER} again"
+            f"{folder} does not hold a usable tokenizer ({first_line(error)}); expected that of openai/{TOKENIZER}"
         ) from None
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:

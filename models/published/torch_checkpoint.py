@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dnnlib import UserError, replacing
+from dnnlib import UserError, first_line, replacing
 
 from .pickle_machine import (
     FUNCTIONS,
@@ -181,7 +181,7 @@ def _read_zip(path: str | os.PathLike, data: memoryview) -> Any:
         with zipfile.ZipFile(path) as archive:
             records = {info.filename: info for info in archive.infolist()}
     except DAMAGED_ZIP as error:
-        raise Refused(f"is a damaged zip archive ({_reason(error)})") from None
+        raise Refused(f"is a damaged zip archive ({first_line(error)})") from None
     roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         raise Refused("is a zip archive, but not one of torch.save; if it holds a checkpoint, unpack it")
@@ -306,11 +306,7 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise Refused(f"is not a readable safetensors file ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return shown(str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise Refused(f"is not a readable safetensors file ({first_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -343,7 +339,7 @@ def extract_member(path: str | os.PathLike, suffix: str, dest: str | os.PathLike
     except Refused as error:
         raise UserError(f"{path} {error}") from None
     except (*DAMAGED_ZIP, RuntimeError) as error:  # RuntimeError: encrypted
-        raise UserError(f"{path} is damaged or no zip archive ({_reason(error)}); get it again") from None
+        raise UserError(f"{path} is damaged or no zip archive ({first_line(error)}); get it again") from None
     return dest
 
 

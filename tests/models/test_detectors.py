@@ -159,7 +159,7 @@ def test_other_images_are_refused(images, tmp_path):
 def test_torchscript_runs_only_when_allowed(tmp_path):
     path = tmp_path / "mean.pt"
     torch.jit.script(Script()).save(str(path))
-    with pytest.raises(UserError, match="--detector-runs-code"):
+    with pytest.raises(UserError, match="is TorchScript, a program"):
         load_detector(str(path))
     detector = load_detector(str(path), runs_code=True)
     assert (detector.dim, detector.label) == (3, "FD(mean.pt)") and len(detector.sha256) == 64
@@ -179,7 +179,7 @@ def test_unusable_detectors_are_one_clear_line(tmp_path):
         with pytest.raises(UserError, match=words) as error:
             load_detector(str(tmp_path / name) if "." in name else name, runs_code=True)
         assert "\n" not in error.value.message
-    with pytest.raises(UserError, match="--resize"):
+    with pytest.raises(UserError, match="is a way of Inception"):
         load_detector("efficientnet-lite0", resize="pytorch-fid")
 
 

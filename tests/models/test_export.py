@@ -305,7 +305,9 @@ def test_what_is_no_student_of_stable_diffusion_is_refused(published):
     latents = latent_student(Path("latents.safetensors"))
     Path("there").mkdir()
     invoke("models.export", "diffusers", *flags(dict(model_path=latents, dest="there"))).refused("there exists")
-    invoke("train", *flags(TRAIN, dict(model_path="own.ckpt"))).refused("give --dataset_name=ms_coco")
+    invoke("train", *flags(TRAIN, dict(model_path="own.ckpt"))).refused(
+        "--dataset_name: own.ckpt is a Stable Diffusion model; name its data set, ms_coco"
+    )
     assert sorted(p.name for p in Path().iterdir()) == ["latents.safetensors", "pixels.safetensors", "there"]
 
 

@@ -62,7 +62,7 @@ def test_the_embedded_teacher_is_there():
 
 
 def test_no_name_and_no_file_is_refused():
-    with pytest.raises(UserError, match="give --dataset_name, or the file of a teacher"):
+    with pytest.raises(UserError, match="give the name of a data set, or the file of a teacher"):
         load_teacher(None)
 
 

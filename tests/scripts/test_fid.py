@@ -348,11 +348,11 @@ def test_bad_input_is_one_line(files, tmp_path):
         (dict(trials=7), "do not make 7 blocks"),
         (dict(metrics="is"), "expected a list of fid, kid"),
         (dict(seed="a"), "--seed='a' does not parse"),
-        (dict(detector="no-such"), "--detector=no-such is unknown"),
+        (dict(detector="no-such"), "--detector: no-such is unknown"),
         (dict(features="kept.txt"), "ending in .npz"),
     ):
         calc(files, **changes).refused(words)
-    run("ref", files, data=files / "real", dest="stats").refused("--dest=stats")
+    run("ref", files, data=files / "real", dest="stats").refused("stats")
     assert not Path("metrics.jsonl").exists()
 
 

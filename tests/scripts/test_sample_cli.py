@@ -90,26 +90,26 @@ def test_any_text_parses_or_is_one_line(text):
 @pytest.mark.parametrize(
     "kind, changes, pattern",
     [
-        ("plain", {"dataset_name": "cifar10"}, r"--dataset_name=cifar10, but the student .* tiny"),
-        ("plain", {"num_steps": 5}, r"--num_steps=5, but the student was distilled for 4"),
-        ("second", {"num_steps": 4}, r"--num_steps=4, but the student was distilled for 3"),
-        ("second-variable", {"num_steps": 5}, r"--num_steps=5, but the student was distilled for 3"),
-        ("variable", {"num_steps": 2}, r"--num_steps=2 .*4 to 7"),
-        ("variable", {"num_steps": 3}, r"--num_steps=3 .*4 to 7"),
-        ("variable", {"num_steps": 8}, r"--num_steps=8 .*4 to 7"),
-        ("plain", {"solver": "heun"}, r"--solver belongs to a teacher"),
-        ("plain", {"max_order": 2}, r"--max_order belongs to a teacher"),
-        ("plain", {"schedule_type": "logsnr"}, r"--schedule_type belongs to a teacher"),
-        ("plain", {"schedule_rho": 7}, r"--schedule_rho belongs to a teacher"),
-        ("plain", {"afs": True}, r"--afs belongs to a teacher"),
-        ("plain", {"denoise_to_zero": False}, r"--denoise_to_zero belongs to a teacher"),
-        ("plain", {"predict_x0": True}, r"--predict_x0 belongs to a teacher"),
-        ("plain", {"class": 0}, r"--class=0, but tiny has no classes"),
-        ("classes", {"class": 3}, r"--class=3, but classes has classes 0 to 2"),
-        ("plain", {"prompt": "a cat"}, r"--prompt needs a text-conditioned model"),
+        ("plain", {"dataset_name": "cifar10"}, r"--dataset_name: the student is of tiny, not of cifar10"),
+        ("plain", {"num_steps": 5}, r"--num_steps: the student was distilled for 4 timestamps, not 5"),
+        ("second", {"num_steps": 4}, r"--num_steps: the student was distilled for 3 timestamps, not 4"),
+        ("second-variable", {"num_steps": 5}, r"--num_steps: the student was distilled for 3 timestamps, not 5"),
+        ("variable", {"num_steps": 2}, r"--num_steps: 2 .*4 to 7"),
+        ("variable", {"num_steps": 3}, r"--num_steps: 3 .*4 to 7"),
+        ("variable", {"num_steps": 8}, r"--num_steps: 8 .*4 to 7"),
+        ("plain", {"solver": "heun"}, r"--solver: belongs to a teacher"),
+        ("plain", {"max_order": 2}, r"--max_order: belongs to a teacher"),
+        ("plain", {"schedule_type": "logsnr"}, r"--schedule_type: belongs to a teacher"),
+        ("plain", {"schedule_rho": 7}, r"--schedule_rho: belongs to a teacher"),
+        ("plain", {"afs": True}, r"--afs: belongs to a teacher"),
+        ("plain", {"denoise_to_zero": False}, r"--denoise_to_zero: belongs to a teacher"),
+        ("plain", {"predict_x0": True}, r"--predict_x0: belongs to a teacher"),
+        ("plain", {"class": 0}, r"--class: tiny has no classes"),
+        ("classes", {"class": 3}, r"--class: classes has classes 0 to 2, so class 3"),
+        ("plain", {"prompt": "a cat"}, r"--prompt: tiny has no text"),
         ("plain", {"class": -1}, r"class"),
         ("plain", {"batch": 0}, r"batch"),
-        ("plain", {"device": "cuda:99"}, r"--device=cuda:99 needs GPU 99"),
+        ("plain", {"device": "cuda:99"}, r"--device: cuda:99 needs GPU 99"),
         ("plain", {"precision": "fp8"}, r"fp8"),
     ],
 )  # fmt: skip
@@ -127,8 +127,8 @@ def test_flags_that_do_not_fit_the_student_are_refused(kind, changes, pattern):
         ({"schedule_type": "discrete"}, r"discrete needs the model's noise schedule"),
         ({"schedule_rho": 0}, r"rho"),
         ({"thresholding": True}, r"thresholding needs solver dpmpp"),
-        ({"class": 0}, r"--class=0, but tiny has no classes"),
-        ({"prompt": "x"}, r"--prompt needs a text-conditioned model"),
+        ({"class": 0}, r"--class: tiny has no classes"),
+        ({"prompt": "x"}, r"--prompt: tiny has no text"),
     ],
 )
 def test_flags_that_do_not_fit_the_teacher_are_refused(changes, pattern):
@@ -401,7 +401,7 @@ def test_folder_with_images_of_another_model_is_refused(change):
     name = change.pop("model_path", "plain")
     model = teacher() if name == "teacher" else student(name)
     sample(model, seeds="0-3", outdir="x", **change).refused(
-        r"x holds images made with another .*; choose another --outdir"
+        r"x holds images made with another .*; choose another place"
     )
     assert contents("x") == before
 
@@ -418,7 +418,7 @@ def test_folder_with_other_settings_is_refused():
 def test_folder_with_foreign_images_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "x" / "000000.png")
-    sample(student(), seeds="0-1", outdir="x").refused(r"holds images that sample.py did not make")
+    sample(student(), seeds="0-1", outdir="x").refused(r"holds images that were not sampled here")
     assert png_names("x") == ["000000.png"]
 
 

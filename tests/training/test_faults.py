@@ -598,7 +598,7 @@ def test_folder_without_permission_is_one_line(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampling = flags(SAMPLE, model_path=own, seeds=0, outdir="locked/x")
     args = train_flags(own, outdir="locked/x") if script == "train" else sampling
-    run_faulty("nobody", args, Path("."), script=script).refused(r"--outdir=locked.*[Pp]ermission")
+    run_faulty("nobody", args, Path("."), script=script).refused(r"--outdir: locked.*[Pp]ermission")
     assert not list((tmp_path / "locked").iterdir())
 
 

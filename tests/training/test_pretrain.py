@@ -308,7 +308,7 @@ def test_bad_input_is_refused(tmp_path):
     pretrain(data, run, mult="0,1").refused(r"mult")
     pretrain(data, run, channels=5).refused(r"channels")
     pretrain(data, run, batch=0).refused(r"batch")
-    pretrain(data, run, device="toaster").refused(r"--device is 'toaster'")
+    pretrain(data, run, device="toaster").refused(r"--device: 'toaster'")
     invoke("training.pretrain", "--outdir=x").refused(r"--data")
     assert not run.exists()
     (tmp_path / "file").touch()
