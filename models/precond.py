@@ -61,6 +61,16 @@ class Precond(nn.Module):
         self.noise_schedule: DiscreteNoise | None = None
         self.compute_dtype: torch.dtype | None = None
 
+    def _record_frequencies(self, frequencies: Sequence[float] | None) -> None:
+        """Keep how frequent each class is, if that is known, also in `init_kwargs`."""
+        if frequencies is None:
+            return
+        values = tuple(float(value) for value in frequencies)
+        if len(values) != self.label_dim or not all(0 <= v <= 1 for v in values) or abs(sum(values) - 1) > 1e-3:
+            raise ValueError(f"class_frequencies must be {self.label_dim} numbers from 0 to 1 that add up to 1")
+        self.class_frequencies = values
+        self.init_kwargs["class_frequencies"] = list(values)
+
     @abstractmethod
     def scalings(self, sigma: Tensor) -> Scalings:
         """c_skip, c_out, c_in and c_noise at float32 noise levels `sigma` `[1]` or `[B]`."""
@@ -187,9 +197,7 @@ class EDMPrecond(Precond):
             model_type=model_type,
             **model_kwargs,
         )
-        if class_frequencies is not None:
-            self.class_frequencies = _check_frequencies(class_frequencies, label_dim)
-            self.init_kwargs["class_frequencies"] = list(self.class_frequencies)
+        self._record_frequencies(class_frequencies)
         self.model = NETWORKS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
@@ -216,6 +224,7 @@ class EDM2Precond(Precond):
         use_fp16: run the core in float16 where the input is on CUDA.
         sigma_data: expected standard deviation of the data.
         logvar_channels: width of the embedding that the uncertainty is computed from.
+        class_frequencies: part of the data that each class had in training, where that is known.
         The remaining arguments are those of `EDM2UNet`.
     """
 
@@ -227,6 +236,7 @@ class EDM2Precond(Precond):
         use_fp16: bool = True,
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
+        class_frequencies: Sequence[float] | None = None,
         **unet_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
@@ -240,6 +250,7 @@ class EDM2Precond(Precond):
             logvar_channels=logvar_channels,
             **unet_kwargs,
         )
+        self._record_frequencies(class_frequencies)
         self.unet = EDM2UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
@@ -343,14 +354,6 @@ class CFGPrecond(Precond):
 
 #: The denoisers that a file may describe.
 PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond)}
-
-
-def _check_frequencies(frequencies: Sequence[float], label_dim: int) -> tuple[float, ...]:
-    """Parts of a whole, one for each class."""
-    values = tuple(float(value) for value in frequencies)
-    if len(values) != label_dim or not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-3:
-        raise ValueError(f"class_frequencies must be {label_dim} numbers from 0 to 1 that add up to 1")
-    return values
 
 
 def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
