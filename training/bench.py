@@ -119,8 +119,9 @@ def make_side(row: DatasetSpec, config: DistillConfig, device: torch.device, pat
     student = make_student(teacher, sampling)
     teacher.compute_dtype = student.compute_dtype = PRECISIONS[precision]
     with use_path(path):
-        distiller = Distiller(Teacher(teacher, config, sampling), student, config, config.batch)
-        distiller.micro = largest_micro_batch(distiller, config.batch)
+        trajectories = Teacher(teacher, config, sampling)
+        size = largest_micro_batch(trajectories, student, None, config.batch)
+        distiller = Distiller(trajectories, student, config, size)
     torch.manual_seed(0)
     inputs = random_inputs(net, config.batch, device)
     side = Side(path, precision, distiller, inputs["x"], inputs.get("condition", inputs.get("class_labels")))
@@ -143,13 +144,13 @@ def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[],
     sigmas = distiller.teacher.sigmas(steps)[:: config.M + 1]
 
     def teach() -> None:
-        for part, conditions in _parts(x, given, distiller.micro):
+        for part, conditions in _parts(x, given, distiller.micro_batch_size):
             distiller.teacher.trajectory(part * student.sigma_max, conditions, steps)
 
     def step() -> None:
         """The second step, the first one that is not analytical."""
         student.train()
-        parts = _parts(x * float(sigmas[1]), given, distiller.micro)
+        parts = _parts(x * float(sigmas[1]), given, distiller.micro_batch_size)
         states, conditions = [part for part, _ in parts], [part for _, part in parts]
         distiller._step(1, states, states, conditions, sigmas[1:3], student.sampling)
 
@@ -157,7 +158,7 @@ def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[],
         student.eval()
         settings = replace(student.sampling, num_steps=nfe + 1 + config.afs)
         sampler = Sampler(student, settings.plan, settings.schedule(student.noise_schedule))
-        for part, conditions in _parts(x, given, min(distiller.micro, network_batch(student, len(x)))):
+        for part, conditions in _parts(x, given, min(distiller.micro_batch_size, network_batch(student, len(x)))):
             states = sampler.run(part * student.sigma_max, conditions)
             if not student.is_latent:
                 to_uint8(states)
@@ -324,10 +325,10 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
     dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
     peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
     fast, plain = (make_side(row, config, device, *way) for way in ((FastPath(), precision), (PLAIN, "fp32")))
-    cost = run_cost(config, build_on_meta(row), fast.distiller.micro)
+    cost = run_cost(config, build_on_meta(row), fast.distiller.micro_batch_size)
     about = {
         "dataset_name": dataset_name, "device": _device_name(device), "threads": torch.get_num_threads(),
-        "precision": precision, "batch": batch, "micro_batch": fast.distiller.micro, "repeats": repeats,
+        "precision": precision, "batch": batch, "micro_batch": fast.distiller.micro_batch_size, "repeats": repeats,
         "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     click.echo(", ".join(f"{name} {value}" for name, value in about.items()))

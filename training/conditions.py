@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from models.model import Student
+from models.prompts import Prompts
+from torch_utils import distributed
 from torch_utils.random import draw_classes, generator
+
+from .config import DistillConfig
 
 # Names of the random streams of a run; each is followed by the iteration.
 NOISE, LABELS, STEPS, DROPOUT, INIT = range(5)
@@ -39,3 +45,39 @@ def draw_captions(seed: int, iteration: int, batch: int, captions: Sequence[str]
 def draw_num_steps(seed: int, iteration: int, choices: tuple[int, ...]) -> int:
     """The number of timestamps of an iteration, the same on all ranks."""
     return choices[int(torch.randint(len(choices), [1], generator=generator(seed, STEPS, iteration)))]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What the iterations of a run start from: of every batch, the share of this rank, on the device.
+
+    A text-conditioned student needs `prompts`.
+    """
+
+    config: DistillConfig
+    student: Student
+    prompts: Prompts | None
+    device: torch.device
+
+    def draw(self, iteration: int) -> tuple[Tensor, Tensor | None, int]:
+        """Noise `[local batch, C, H, W]`; one-hot labels, text conditions, or None; and the number of timestamps."""
+        config, rank, world = self.config, distributed.rank(), distributed.world_size()
+        share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+        noise = draw_noise(config.seed, iteration, config.batch, self.student.shape)[share]
+        num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
+        return self._to_device(noise), self.draw_cond(iteration, share), num_steps
+
+    def draw_cond(self, iteration: int, share: slice) -> Tensor | None:
+        """One-hot labels or text conditions of a share of the batch; None for neither."""
+        config = self.config
+        if self.prompts is not None:
+            captions = draw_captions(config.seed, iteration, config.batch, self.prompts.texts)
+            return self.student.encode_text(captions[share])
+        net = self.student.net
+        labels = draw_labels(config.seed, iteration, config.batch, net.label_dim, net.class_frequencies)
+        return None if labels is None else self._to_device(labels[share])
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return value.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return value.to(self.device)

@@ -22,14 +22,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import UserError, format_count, format_duration
+from models.detectors.lpips import LPIPS
 from models.loading import build_on_meta
-from models.model import SamplingSettings
+from models.model import SamplingSettings, Student
 from models.precond import Precond
 from models.registry import get_row
 from torch_utils.device import PLAIN, PRECISIONS, use_path
 
 from .config import DistillConfig, micro_batch, source_settings
-from .distill import Distiller, load_source
+from .distill import Teacher, load_source
 
 #: A backward pass has two products for each one of the forward pass.
 TRAINED = 3
@@ -234,28 +235,28 @@ def _network(config: DistillConfig) -> Precond:
     return build_on_meta(get_row(config.dataset_name))
 
 
-def largest_micro_batch(distiller: Distiller, share: int) -> int:
+def largest_micro_batch(teacher: Teacher, student: Student, lpips: LPIPS | None, share: int) -> int:
     """The largest micro-batch of a process' `share` that fits in the memory of its GPU; off the GPU, all of it.
 
     It is tried out: one evaluation of the teacher, and one step of the student with room for what Adam will keep.
     """
-    if distiller.device.type != "cuda":
+    device = next(student.parameters()).device
+    if device.type != "cuda":
         return share
-    teacher, student = distiller.teacher.model, distiller.student
 
     def trial(size: int) -> None:
-        adam = [torch.empty_like(p) for p in distiller.trained for _ in range(2) if not distiller.optimizer.state]
-        inputs = random_inputs(student.net, size, distiller.device)
-        kept = [torch.empty_like(inputs["x"]) for _ in range(2 * max(distiller.config.step_choices))]
+        adam = [torch.empty_like(p) for p in student.parameters() if p.requires_grad for _ in range(2)]
+        inputs = random_inputs(student.net, size, device)
+        kept = [torch.empty_like(inputs["x"]) for _ in range(2 * max(teacher.config.step_choices))]
         with torch.no_grad():
-            target = teacher.net(**inputs)
+            target = teacher.model.net(**inputs)
         student.train()
         new = student.net(**inputs, step_condition=student.sampling.step_condition)
         loss = (new - target).abs().sum()
-        if distiller.lpips is not None:
-            loss = loss + distiller.lpips(new, target).sum()
+        if lpips is not None:
+            loss = loss + lpips(new, target).sum()
         loss.backward()
-        distiller.optimizer.zero_grad(set_to_none=True)
+        student.zero_grad(set_to_none=True)
         del adam, kept
 
     return fitting_size(trial, share)

@@ -137,7 +137,7 @@ class Distiller:
 
     Args:
         teacher, student, config: as the run has them.
-        micro: samples at a time.
+        micro_batch_size: samples at a time.
         lpips: what `perceptual_loss` gives for the run.
 
     Attributes:
@@ -150,10 +150,11 @@ class Distiller:
         teacher: Teacher,
         student: Student,
         config: DistillConfig,
-        micro: int,
+        micro_batch_size: int,
         lpips: LPIPS | None = None,
     ) -> None:
-        self.teacher, self.student, self.config, self.micro, self.lpips = teacher, student, config, micro, lpips
+        self.teacher, self.student, self.config, self.lpips = teacher, student, config, lpips
+        self.micro_batch_size = micro_batch_size
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
@@ -164,12 +165,12 @@ class Distiller:
         self.skipped = torch.zeros((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
-    def iterate(self, noise: Tensor, labels: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
+    def iterate(self, noise: Tensor, cond: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
         """Train on this rank's share of a batch.
 
         Args:
             noise: standard normal `[local batch, C, H, W]`, on the device.
-            labels: one-hot `[local batch, label_dim]`, text conditions `[local batch, tokens, width]`, or None.
+            cond: one-hot labels `[local batch, label_dim]`, text conditions `[local batch, tokens, width]`, or None.
             num_steps: the student's timestamps.
 
         Returns:
@@ -177,14 +178,14 @@ class Distiller:
         """
         sampling = replace(self.student.sampling, num_steps=num_steps)
         sigmas = self.teacher.sigmas(num_steps)[:: self.config.M + 1]
-        latents = (noise * sampling.sigma_max).split(self.micro)
-        micro_labels = [None] * len(latents) if labels is None else list(labels.split(self.micro))
-        targets = [self.teacher.trajectory(x, y, num_steps)[1:] for x, y in zip(latents, micro_labels)]
+        latents = (noise * sampling.sigma_max).split(self.micro_batch_size)
+        conds = [None] * len(latents) if cond is None else list(cond.split(self.micro_batch_size))
+        targets = [self.teacher.trajectory(x, y, num_steps)[1:] for x, y in zip(latents, conds)]
         states, visited = list(latents), []
         self.student.train()
         for i in range(num_steps - 1):
             step_targets = [target[i] for target in targets]
-            states = self._step(i, states, step_targets, micro_labels, sigmas[i : i + 2], sampling)
+            states = self._step(i, states, step_targets, conds, sigmas[i : i + 2], sampling)
             visited.append(torch.cat(states))
         return torch.cat(targets, dim=1), torch.stack(visited)
 
@@ -193,7 +194,7 @@ class Distiller:
         i: int,
         states: Sequence[Tensor],
         targets: Sequence[Tensor],
-        labels: Sequence[Tensor | None],
+        conds: Sequence[Tensor | None],
         sigmas: Tensor,
         sampling: SamplingSettings,
     ) -> list[Tensor]:
@@ -204,8 +205,8 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         new_states = []
-        for x, target, label in zip(states, targets, labels):
-            denoise = self.student.denoiser(label, step_condition=sampling.step_condition)
+        for x, target, cond in zip(states, targets, conds):
+            denoise = self.student.denoiser(cond, step_condition=sampling.step_condition)
             new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
             # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
             loss = distance(new, target, self.config.loss_knee).sum() / local_batch

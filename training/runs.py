@@ -12,13 +12,11 @@ from typing import Any, TextIO
 
 from dnnlib import UserError, make_folder, write_text
 from dnnlib.files import remove_leftovers
-from torch_utils.checkpoint import read_settings, save_state
+from torch_utils.checkpoint import read_settings
 
 from .config import DistillConfig
 
-OPTIONS, STATE, STATS, LOG, LOCK = "training_options.json", "training-state.pt", "stats.jsonl", "log.txt", ".lock"
-
-OLDER_STATE = r"training-state\.(\d{1,9})\.pt"
+OPTIONS, STATS, LOG, LOCK = "training_options.json", "stats.jsonl", "log.txt", ".lock"
 NUMBERED = "[0-9]" * 5 + "-*"
 
 
@@ -85,7 +83,7 @@ def numbered(outdir: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run directory that this process holds.
+    """A run directory that this process holds; sent to another rank, it is the same without the lock.
 
     Attributes:
         held: keeps other processes out while it is open.
@@ -93,16 +91,30 @@ class OpenedRun:
     """
 
     path: Path
-    held: TextIO
+    held: TextIO | None
     changed: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": None}
+
+    def close(self) -> None:
+        if self.held is not None:
+            self.held.close()
 
 
 def open_run(
-    outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str, override: bool = False
+    outdir: Path,
+    config: DistillConfig,
+    launch: dict[str, Any],
+    desc: str | None = None,
+    subdir: bool = True,
+    resume: str = "auto",
+    override: bool = False,
 ) -> OpenedRun:
     """The directory of this run, held by a lock: an unfinished one of the same settings, or a new one.
 
     Args:
+        launch: what is recorded beside the settings.
         outdir: where run directories go; itself the run directory with `subdir=False`.
         resume: `auto` continues the newest unfinished run of the same settings, `never` starts a new one, a path
             continues that run, or the run that holds that training state.
@@ -110,6 +122,7 @@ def open_run(
     """
     opened = _open_run(outdir, config, desc, subdir, resume, override)
     remove_leftovers(opened.path)
+    write_options(opened.path, config, launch)
     return opened
 
 
@@ -122,7 +135,9 @@ def _open_run(
         run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
         saved = read_options(run_dir)
         if saved is None:
-            raise UserError(f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its {STATE}")
+            raise UserError(
+                f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its training state"
+            )
         changed = _changes(run_dir, saved, config, override)
         return OpenedRun(run_dir, _require_lock(run_dir), changed)
     make_folder(outdir, "outdir")
@@ -165,43 +180,6 @@ def _changes(run_dir: Path, saved: dict[str, Any], config: DistillConfig, overri
             "with these by --resume-override"
         )
     return tuple(changed)
-
-
-def states(run_dir: Path) -> list[Path]:
-    """The training states of a run, the newest first: `training-state.pt`, `training-state.1.pt`, and so on."""
-    older = [(int(found[1]), path) for path in run_dir.iterdir() if (found := re.fullmatch(OLDER_STATE, path.name))]
-    newest = [run_dir / STATE] if (run_dir / STATE).exists() else []
-    return newest + [path for _, path in sorted(older)]
-
-
-def save_newest_state(run_dir: Path, state: dict[str, Any], keep: int) -> None:
-    """Add a training state to those of a run, of which the newest `keep` stay.
-
-    Nothing is removed before the new one is complete; a process that is killed on the way leaves all of them.
-    """
-
-    newest = run_dir / STATE
-
-    def make_room() -> None:
-        older = [path for path in states(run_dir) if path != newest]
-        for number, path in reversed(list(enumerate(older, start=2))):
-            os.replace(path, run_dir / f"training-state.{number}.pt")
-        if newest.exists():
-            try:
-                os.link(newest, run_dir / "training-state.1.pt")  # so that there is a newest one at any time
-            except OSError:  # a file system without links
-                os.replace(newest, run_dir / "training-state.1.pt")
-
-    save_state(newest, state, make_room if keep > 1 else None)
-    for path in states(run_dir)[keep:]:
-        path.unlink(missing_ok=True)
-
-
-def set_aside(path: Path) -> Path:
-    """Take a damaged training state out of the row, without destroying it."""
-    aside = path.with_name(f"damaged-{path.name}")
-    os.replace(path, aside)
-    return aside
 
 
 def cut_stats(run_dir: Path, images: int) -> None:

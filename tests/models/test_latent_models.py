@@ -58,7 +58,7 @@ from models.sampling import SamplerOptions, draw_latents, open_sampler, student_
 from solvers import solve
 from torch_utils.checkpoint import read_settings
 from training import distill, loop
-from training.conditions import draw_captions
+from training.conditions import Batches, draw_captions
 from training.config import DistillConfig
 
 NAMES = ("lsun_bedroom", "lsun_bedroom_ldm", "ffhq_ldm", "ms_coco")
@@ -488,8 +488,8 @@ def test_training_is_without_guidance_and_with_captions_drawn_for_the_whole_batc
     with mock.patch.object(distill.Distiller, "iterate", recorded), mock.patch.object(CFGPrecond, "forward", watched):
         with (
             known_as_published("ms_coco", files),
-            mock.patch("training.loop.save_picture"),
-            mock.patch("training.loop.Run._picture"),
+            mock.patch("training.report.save_picture"),
+            mock.patch("training.report.Pictures.draw"),
         ):
             invoke("train", *flags(train_defaults(), arguments)).ok()
             teacher = load_teacher("ms_coco")
@@ -523,27 +523,26 @@ def test_images_depend_on_their_seed_alone(files):
 
 
 def test_ranks_take_their_shares_of_one_draw_of_captions():
-    run = loop.Run.__new__(loop.Run)
-    run.config, run.prompts = DistillConfig("ms_coco", batch=8, seed=3), Prompts([str(i) for i in range(1000)], True)
-    run.student = mock.Mock(has_text=True, encode_text=list)
-    shares = [run._draw_conditions(7, slice(rank * 2, rank * 2 + 2)) for rank in range(4)]
-    assert sum(shares, []) == run._draw_conditions(7, slice(0, 8)) and len(set(map(tuple, shares))) == 4
+    config, prompts = DistillConfig("ms_coco", batch=8, seed=3), Prompts([str(i) for i in range(1000)], True)
+    batches = Batches(config, mock.Mock(has_text=True, encode_text=list), prompts, CPU)
+    shares = [batches.draw_cond(7, slice(rank * 2, rank * 2 + 2)) for rank in range(4)]
+    assert sum(shares, []) == batches.draw_cond(7, slice(0, 8)) and len(set(map(tuple, shares))) == 4
 
 
 def test_resuming_a_run_with_captions_gives_the_same_student(files, tmp_path):
     need("ms_coco")
     arguments = dict(train_defaults(), dataset_name="ms_coco", total_kimg=0.012, M=0, dump=1)
-    iterate, calls = loop.Run._iterate, []
+    iterate, calls = distill.Distiller.iterate, []
 
-    def stops_after_two(run):
+    def stops_after_two(distiller, *args):
         if len(calls) == 2:
             raise UserError("stopped")
-        calls.append(run.images)
-        iterate(run)
+        calls.append(1)
+        return iterate(distiller, *args)
 
     with known_as_published("ms_coco", files):
         invoke("train", *flags(arguments, outdir=tmp_path / "whole")).ok()
-        with mock.patch.object(loop.Run, "_iterate", stops_after_two):
+        with mock.patch.object(distill.Distiller, "iterate", stops_after_two):
             invoke("train", *flags(arguments, outdir=tmp_path / "parts")).refused("stopped")
         assert "Continuing" in invoke("train", *flags(arguments, outdir=tmp_path / "parts")).ok().output
     assert same(weights(only_run(tmp_path / "whole")), weights(only_run(tmp_path / "parts")))

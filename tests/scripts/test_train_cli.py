@@ -36,6 +36,7 @@ from torch_utils.checkpoint import read_network, read_settings, read_state
 from training import distill, loop
 from training.config import DistillConfig, micro_batch, source_settings
 from training.cost import run_cost
+from training.state import TrainingState
 
 
 @pytest.fixture(autouse=True)
@@ -275,15 +276,27 @@ def test_statistics_of_every_tick(tmp_path):
     invoke("train", *train_flags(teacher(), outdir=tmp_path)).ok()
     stats = stats_of(only_run(tmp_path))
     assert [line["images"] for line in stats] == [16, 32, 48, 64]
-    keys = {"images", "kimg", "seconds", "loss", "lr", "skipped", "sec_per_kimg", "timestamp", "cpumem"}
+    keys = {
+        "images",
+        "kimg",
+        "seconds",
+        "loss",
+        "lr",
+        "skipped",
+        "sec_per_kimg",
+        "sec_per_tick",
+        "maintenance",
+        "timestamp",
+        "cpumem",
+    }
     for line in stats:
         assert keys | {"loss/4/0", "loss/4/1", "loss/4/2"} <= line.keys()
         assert line["loss"] == line["loss/4/2"] > 0 and line["skipped"] == 0 and 0 < line["cpumem"] < 64
         assert line["kimg"] == line["images"] / 1000
     assert sorted(s["seconds"] for s in stats) == [s["seconds"] for s in stats]
     for line, status in zip(stats, status_lines(only_run(tmp_path)), strict=True):
-        assert re.search(rf"loss {line['loss']:.2f}\b", status)
-        for field in ("tick", "kimg", "time", "sec/tick", "sec/kimg", "maintenance", "cpumem"):
+        assert re.search(rf"loss {line['loss']:.4g}\b", status)
+        for field in ("tick", "kimg", "time", "eta", "sec/kimg", "loss", "mem"):
             assert re.search(rf"(^| ){field} +\S", status)
 
 
@@ -298,13 +311,13 @@ def test_statistics_of_sfd_v_name_the_number_of_steps(tmp_path):
 
 def test_student_file_equals_the_live_student(tmp_path):
     live = []
-    original = loop.Run.save_snapshot
+    original = loop.save_student
 
-    def recorded(run):
-        original(run)
-        live.append(({k: v.clone() for k, v in run.student.net.state_dict().items()}, run.student))
+    def recorded(path, student, training):
+        original(path, student, training)
+        live.append(({k: v.clone() for k, v in student.net.state_dict().items()}, student))
 
-    with mock.patch.object(loop.Run, "save_snapshot", recorded):
+    with mock.patch.object(loop, "save_student", recorded):
         invoke("train", *train_flags(teacher(), outdir=tmp_path, total_kimg=0.016)).ok()
     state, trained = live[-1]
     loaded = load_student(only_run(tmp_path))
@@ -315,10 +328,19 @@ def test_student_file_equals_the_live_student(tmp_path):
 
 def test_tick_snap_and_dump_count(tmp_path):
     saved = {"state": [], "snapshot": []}
-    state, snapshot = loop.Run.save_state, loop.Run.save_snapshot
+    state, snapshot = TrainingState.save, loop.save_snapshot
+
+    def save(self, *args):
+        saved["state"].append(self.images)
+        state(self, *args)
+
+    def save_snapshot(state, *args, **kwargs):
+        saved["snapshot"].append(state.images)
+        snapshot(state, *args, **kwargs)
+
     with (
-        mock.patch.object(loop.Run, "save_state", lambda run: (saved["state"].append(run.images), state(run))),
-        mock.patch.object(loop.Run, "save_snapshot", lambda run: (saved["snapshot"].append(run.images), snapshot(run))),
+        mock.patch.object(TrainingState, "save", save),
+        mock.patch.object(loop, "save_snapshot", save_snapshot),
     ):
         args = dict(total_kimg=0.056, tick=0.008, snap=3, dump=2, M=0)
         invoke("train", *train_flags(teacher(), outdir=tmp_path, **args)).ok()
@@ -329,7 +351,7 @@ def test_tick_snap_and_dump_count(tmp_path):
 def test_dump_is_not_missed_when_ticks_are_shorter_than_the_batch(tmp_path):
     """Five images to a tick, eight to a batch: ticks 1, 3, 4, 6, 8, 9, 11, 12; a dump is due every five ticks."""
     saved = []
-    with mock.patch.object(loop.Run, "save_state", lambda run: saved.append(run.images)):
+    with mock.patch.object(TrainingState, "save", lambda state, *args: saved.append(state.images)):
         invoke("train", *train_flags(teacher(), outdir=tmp_path, tick=0.005, dump=5, M=0)).ok()
     assert saved == [32, 56, 64]
 

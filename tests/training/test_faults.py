@@ -60,8 +60,9 @@ from torch_utils.checkpoint import read_network, read_state, save_state
 from torch_utils.metrics.image_set import ImageDataset
 from training import distill, options, runs
 from training.evaluation.sources import open_source
+from training.state import states
 
-ITERATE = "training.loop:Run._iterate"
+ITERATE = "training.distill:Distiller.iterate"
 #: Generous, for a machine that is busy with other things: it only bounds how long a hang would take.
 TIMEOUT = 300
 
@@ -112,7 +113,7 @@ def interrupt_at_five():
 
 def interrupt_twice():
     at_call(ITERATE, 5, raise_signal(signal.SIGINT))
-    at_call("training.loop:Run.save_state", 1, raise_signal(signal.SIGINT))
+    at_call("training.state:TrainingState.save", 1, raise_signal(signal.SIGINT))
 
 
 def die_at_four():
@@ -309,7 +310,7 @@ def run_and_kill(seed, kills, processes, tmp_path):
             break
         assert result.code == EXIT_CODES.get(number, -number), result.output
         codes.append(result.code)
-        assert any(read_state(path) for path in runs.states(run_dir())[:1])
+        assert any(read_state(path) for path in states(run_dir())[:1])
         for path in run_dir().glob("network-snapshot-*.safetensors"):
             read_network(path)
     run_ranks("train", args, tmp_path, processes, timeout=TIMEOUT) if codes and result.code else None
@@ -338,7 +339,7 @@ def test_two_processes_killed_at_random_moments(seed, tmp_path):
 
 MOMENTS = [("os:fsync", 2), ("os:fsync", 5), ("os:link", 1), ("os:link", 2), ("os:replace", 3), ("os:replace", 5),
            ("os:replace", 6), ("pathlib:Path.unlink", 5), ("torch:save", 3), ("training.loop:save_student", 1),
-           ("training.loop:save_picture", 1)]  # fmt: skip
+           ("training.report:save_picture", 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (i % 4 > 0), id=f"{m[0]}-{m[1]}")
@@ -350,9 +351,9 @@ def test_run_killed_while_it_writes(moment, tmp_path):
     result = run_ranks("train", args, tmp_path, kill=moment, timeout=TIMEOUT)
     assert result.code == -signal.SIGKILL, result.output
     run_dir = only_run(tmp_path / "parts")
-    assert all(read_state(path)["images"] % 8 == 0 for path in runs.states(run_dir))
+    assert all(read_state(path)["images"] % 8 == 0 for path in states(run_dir))
     result = run_ranks("train", args, tmp_path, timeout=TIMEOUT).ok()
-    assert same(weights(run_dir), whole_run(tmp_path, **changes)) and len(runs.states(run_dir)) == 2
+    assert same(weights(run_dir), whole_run(tmp_path, **changes)) and len(states(run_dir)) == 2
     assert list(run_dir.glob("teacher-and-student-*.png")) and not list(run_dir.glob(".*.tmp.*"))
 
 
@@ -371,9 +372,9 @@ def test_run_killed_between_its_last_state_and_its_student_is_completed(tmp_path
 def test_keep_says_how_many_states_stay(tmp_path):
     for keep, images in {1: [64], 3: [64, 56, 48]}.items():
         invoke("train", *train_flags(teacher(), outdir=tmp_path / str(keep), M=0, tick=0.008, keep=keep)).ok()
-        states = runs.states(only_run(tmp_path / str(keep)))
-        assert [read_state(path)["images"] for path in states] == images
-        assert [path.name for path in states] == [STATE, "training-state.1.pt", "training-state.2.pt"][:keep]
+        found = states(only_run(tmp_path / str(keep)))
+        assert [read_state(path)["images"] for path in found] == images
+        assert [path.name for path in found] == [STATE, "training-state.1.pt", "training-state.2.pt"][:keep]
 
 
 @pytest.fixture(scope="module")
@@ -412,14 +413,14 @@ def test_a_damaged_state_falls_back_to_the_one_before(damage, stopped, tmp_path)
     )
     assert len(re.findall(said, result.output)) == 1 and "kimg 0.04" in result.output
     assert same(weights(run_dir), whole) and (run_dir / f"damaged-{STATE}").exists()
-    assert [read_state(path)["images"] for path in runs.states(run_dir)] == [64, 56]
+    assert [read_state(path)["images"] for path in states(run_dir)] == [64, 56]
 
 
 def test_without_any_good_state_nothing_is_touched(stopped, tmp_path):
     folder, args, _ = stopped
     run_dir = tmp_path / only_run(folder / "parts").name
     shutil.copytree(only_run(folder / "parts"), run_dir)
-    for path in runs.states(run_dir):
+    for path in states(run_dir):
         damage_file(path, "half")
     names = sorted(path.name for path in run_dir.iterdir())
     invoke("train", *args, f"--outdir={tmp_path}").refused(r"training-state\.pt is not a readable training state")
@@ -553,7 +554,7 @@ def test_disk_that_is_full_later_keeps_what_was_saved(tmp_path):
     result = run_ranks("train", args, tmp_path, disk=1_500_000, timeout=TIMEOUT)
     result.refused(r"training-state\.pt cannot be written")
     run_dir = only_run(tmp_path / "parts")
-    assert not list(run_dir.glob(".*.tmp.*")) and not runs.states(run_dir)
+    assert not list(run_dir.glob(".*.tmp.*")) and not states(run_dir)
     invoke("train", *args).ok()
     assert same(weights(run_dir), whole_run(tmp_path, M=0))
 
@@ -579,7 +580,7 @@ def test_full_file_system(tmp_path):
             r"training-state\.pt cannot be written|No space left"
         )
         run_dir = only_run(tmp_path / "disk")
-        assert [read_state(path)["images"] for path in runs.states(run_dir)] == [16, 8]
+        assert [read_state(path)["images"] for path in states(run_dir)] == [16, 8]
         assert not list(run_dir.glob(".*.tmp.*")) and not list(run_dir.glob("*.safetensors"))
         run_ranks("train", [*args, "--keep=1"], tmp_path, timeout=TIMEOUT).refused(r"cannot be written|No space left")
         subprocess.run(["mount", "-o", "remount,size=20000000", str(tmp_path / "disk")], check=True)

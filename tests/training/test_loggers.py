@@ -14,10 +14,13 @@ from tiny import STATS, invoke, only_run, run_ranks, same, teacher, train_flags,
 from dnnlib import UserError
 from torch_utils import distributed
 from training import loop
+from training.distill import Distiller
 from training.loggers import RunLogger, need_logger
+from training.report import Report
 
-ITERATE = "training.loop:Run._iterate"
-CURVES = {"seconds", "loss", "loss/4/0", "loss/4/1", "loss/4/2", "sec_per_kimg", "lr", "skipped", "cpumem"}
+ITERATE = "training.distill:Distiller.iterate"
+CURVES = {"seconds", "loss", "loss/4/0", "loss/4/1", "loss/4/2", "sec_per_kimg", "sec_per_tick", "maintenance", "lr",
+          "skipped", "cpumem"}  # fmt: skip
 
 
 class Calls(list):
@@ -86,15 +89,15 @@ def stats_of(run_dir):
 
 def interrupt(monkeypatch, at):
     """An error instead of iteration `at`."""
-    original, count = loop.Run._iterate, []
+    original, count = Distiller.iterate, []
 
-    def iterate(self):
+    def iterate(self, *args):
         count.append(1)
         if len(count) == at:
             raise OSError(5, "broken")
-        original(self)
+        return original(self, *args)
 
-    monkeypatch.setattr(loop.Run, "_iterate", iterate)
+    monkeypatch.setattr(Distiller, "iterate", iterate)
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -224,16 +227,14 @@ def test_what_is_not_finite_has_no_point(tensorboard, tmp_path):
 
 
 def test_another_rank_logs_nothing(tensorboard, monkeypatch, tmp_path):
-    run = object.__new__(loop.Run)
-    run.run_dir, run.images, run.log, run.logger = tmp_path, 0, print, None
-    with run.logged("tensorboard", {}):
-        assert run.logger is not None
-    tensorboard.calls.clear()
-    run.logger = None
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    with run.logged("tensorboard", {}):
-        assert run.logger is None
-    assert not tensorboard.calls
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        report = Report(tmp_path, SimpleNamespace(images=0, distiller=None))
+        with report.logged("tensorboard", {}):
+            report.log("a line")
+        assert bool(tensorboard.calls) is (rank == 0)
+        tensorboard.calls.clear()
+    assert (tmp_path / "log.txt").read_text() == "a line\n"
 
 
 # --- The packages themselves -----------------------------------------------------------------------------------------

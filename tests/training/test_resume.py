@@ -35,7 +35,7 @@ from torch_utils.checkpoint import read_state, save_state
 from training import runs
 from training.config import DistillConfig
 
-ITERATE = "training.loop:Run._iterate"
+ITERATE = "training.distill:Distiller.iterate"
 
 
 def images_of(run_dir):
@@ -285,8 +285,7 @@ def test_concurrent_launches_do_not_share_a_run_directory(tmp_path):
 
     def launch():
         barrier.wait()
-        run = runs.open_run(tmp_path, config, None, True, "auto")
-        runs.write_options(run.path, config, {})
+        run = runs.open_run(tmp_path, config, {}, resume="never")
         opened.append(run)
 
     threads = [threading.Thread(target=launch) for _ in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 from tiny import STATS, invoke, only_run, teacher, train_flags
 
-from training import loop
+from training.distill import Distiller
 
 WARM_UP, TOTAL = 500, 3000
 
@@ -28,16 +29,17 @@ def handles() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and handles are read from /proc")
 def test_memory_and_handles_stay_flat(tmp_path):
     """With a status line and a state every 50 iterations, a student and a picture every 250."""
-    seen, original = {}, loop.Run._iterate
+    seen, original, calls = {}, Distiller.iterate, itertools.count(1)
 
-    def iterate(run):
-        original(run)
-        iteration = run.images // run.config.batch
+    def iterate(distiller, *args):
+        states = original(distiller, *args)
+        iteration = next(calls)
         if iteration % 50 == 25:  # away from what ticks allocate for a moment
             seen[iteration] = (resident(), handles())
+        return states
 
     changes = {"batch": 2, "total_kimg": 0.002 * TOTAL, "tick": 0.1, "snap": 5, "dump": 1, "M": 0, "num_steps": 3}
-    with mock.patch.object(loop.Run, "_iterate", iterate):
+    with mock.patch.object(Distiller, "iterate", iterate):
         invoke("train", *train_flags(teacher(), outdir=tmp_path, **changes)).ok()
     assert len((only_run(tmp_path) / STATS).read_text().splitlines()) == TOTAL // 50
     assert json.loads((only_run(tmp_path) / STATS).read_text().splitlines()[-1])["skipped"] == 0
