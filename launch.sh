@@ -7,10 +7,14 @@
 # Processes on this machine: NPROC, else the number of visible GPUs, else 1. Several machines (docs/clusters.md) run the
 # same command with NNODES and RDZV_ENDPOINT=host:port of one of them, NODE_RANK=0 on that one and others elsewhere
 # (where names do not tell), and an RDZV_ID of this run. MAX_RESTARTS=N lets torchrun start processes again.
+#
+# SFD_NO_INSTALL=1 installs nothing. Linux, macOS (bash 3.2), and WSL on Windows.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-NNODES=${NNODES:-1} RESTARTS=${MAX_RESTARTS:-0} DRY_RUN=
+NNODES=${NNODES:-1} RESTARTS=${MAX_RESTARTS:-0} DRY_RUN='' NO_INSTALL=${SFD_NO_INSTALL:+SFD_NO_INSTALL}
+# Several machines may share the environment, so none of them changes it.
+[[ $NNODES = 1 ]] || NO_INSTALL=NNODES
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
@@ -31,7 +35,9 @@ take_dry_run() {
   done
 }
 
-check_nodes() {
+# Everything that is a number, before anything is installed.
+check_numbers() {
+  [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$NPROC'; expected the number of processes"
   [[ $NNODES =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES'; expected the number of machines"
   [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS is '$RESTARTS'; expected a number"
   [[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] || fail "NODE_RANK is '$NODE_RANK'; expected 0 to $((NNODES - 1))"
@@ -39,49 +45,111 @@ check_nodes() {
     fail "NNODES=$NNODES needs RDZV_ENDPOINT=host:port of one of the machines, the same on all of them"
 }
 
-# Sets PYTHON to that of the active environment, else of the .venv made here, else of the system.
+# Sets PYTHON to that of the active environment, else of the .venv made here, else of the system (OUTSIDE).
 find_python() {
-  PYTHON=python3
-  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
-  [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] || PYTHON=python
+  local candidate
+  PYTHON='' OUTSIDE=''
+  if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then PYTHON=python; elif [[ -x .venv/bin/python ]]; then
+    PYTHON=.venv/bin/python
+  else
+    OUTSIDE=yes
+    for candidate in python3 python python3.13 python3.12 python3.11 python3.10; do
+      ! is_recent "$candidate" || { PYTHON=$candidate; break; }
+    done
+  fi
+  [[ -n $PYTHON ]] && is_recent "$PYTHON" || fail "${PYTHON:-python3} is no Python 3.10 or newer (3.11 is tested);" \
+    "install one, or activate an environment that has it"
 }
 
-# Installs the packages of $1, into a .venv made here if no environment is active.
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+# Installs what is missing of requirements file $1, and of the packages $2…, which are taken without their dependencies:
+# they ask for torchvision or lightning, and so for another torch, without needing them for what is used here.
+#
+# A torch that is there is never changed. What is not in an environment, as a module, a container or a system has it, is
+# used as it is; packages that it lacks go to a .venv that sees it.
 prepare() {
-  check_nodes
-  if [[ $NNODES != 1 ]]; then  # they may share the environment, so none of them changes it
-    [[ -n $DRY_RUN ]] || has_packages ||
-      fail "$PYTHON lacks packages, and with NNODES nothing is installed; pip install -r $1 beforehand"
-  else
-    [[ $PYTHON != python3 ]] || make_environment
-    install -r "$1"
-  fi
+  local file=$1; shift
+  check_numbers
+  if [[ -n $OUTSIDE && -z $NO_INSTALL ]] && ! has "$file" "$@"; then make_environment; fi
+  find_missing "$file" "$@"
+  ((${#MISSING[@]} != 0)) || return 0
+  [[ -z $NO_INSTALL ]] ||
+    fail "$PYTHON lacks ${MISSING[*]}, and nothing is installed with $NO_INSTALL; install that beforehand"
+  [[ ${ASK[0]} != "$PYTHON" ]] || "$PYTHON" -m pip --version >/dev/null 2>&1 ||
+    fail "$PYTHON has no pip to install ${MISSING[*]}; do so with the tool that made this environment" \
+      "(uv pip install …), or run: $PYTHON -m ensurepip"
+  find_missing "$file"
+  install_missing
+  find_missing "$@"
+  ((${#MISSING[@]} == 0)) || install --no-deps "${MISSING[@]}"
+  find_missing "$file" "$@"
 }
+
+# Sets MISSING to the requirements, of files and words, that are not met.
+find_missing() {
+  local line lines
+  MISSING=()
+  (($# != 0)) || return 0
+  lines=$("${ASK[@]}" dnnlib/packages.py "$@") || exit 2
+  while IFS= read -r line; do [[ -z $line ]] || MISSING+=("$line"); done <<<"$lines"
+}
+
+has() { local lines; lines=$("$PYTHON" dnnlib/packages.py "$@" 2>/dev/null) && [[ -z $lines ]]; }
 
 make_environment() {
-  say "Making a virtual environment in .venv"
-  [[ -n $DRY_RUN ]] || python3 -m venv .venv
+  local options='' lines
+  if lines=$("$PYTHON" dnnlib/packages.py requirements.txt 2>/dev/null) && ! grep -q '^torch' <<<"$lines"; then
+    options=--system-site-packages
+  fi
+  say "$PYTHON -m venv ${options:+$options }.venv"
+  if [[ -n $DRY_RUN ]]; then  # so that what would be missing in it is known
+    [[ -z $options ]] && ASK=("$PYTHON" -S) || ASK=("$PYTHON")
+  else
+    # shellcheck disable=SC2086  # no option is no word
+    "$PYTHON" -m venv $options .venv >/dev/null || {
+      rm -rf .venv
+      fail "$PYTHON cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
+    }
+    ASK=(.venv/bin/python)
+  fi
   PYTHON=.venv/bin/python
 }
 
+# Installs MISSING. A torch that is missing comes in the release that is tested, without a GPU as the CPU build, which
+# saves gigabytes; a torch that is there is asked for as it is, so that pip ends rather than replaces it.
+install_missing() {
+  local torch
+  ((${#MISSING[@]} != 0)) || return 0
+  if [[ ${MISSING[*]} = *torch[=\>]* ]]; then
+    if is_cpu_machine; then
+      install --timeout 15 --retries 0 --index-url "$CPU_BUILDS" -c tests/constraints.txt torch 2>/dev/null ||
+        say "$CPU_BUILDS is not reached; the usual index may have a larger build"
+    fi
+    install -c tests/constraints.txt "${MISSING[@]}"
+  else
+    torch=$("${ASK[@]}" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null) || true
+    install "${MISSING[@]}" ${torch:+"$torch"}
+  fi
+}
+
 install() {
-  say "$PYTHON -m pip install $*"
+  local line
+  line=$(printf '%q ' "$@")
+  say "$PYTHON -m pip install ${line% }"
   [[ -n $DRY_RUN ]] || "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
-# Packages that ask for torchvision or lightning, and so for another torch, without needing them for what is used here.
-# Only the command line can tell pip so.
-install_alone() { [[ $NNODES != 1 ]] || install --no-deps "$@"; }
-
+CPU_BUILDS=https://download.pytorch.org/whl/cpu
 TAMING=taming-transformers-rom1504==0.0.6  # the quantizer of the latent-diffusion autoencoders
 
-has_packages() {
-  "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("torch") and f("click")))' >/dev/null 2>&1
-}
+# Linux without a GPU of NVIDIA; torch of the usual index brings its libraries along there.
+is_cpu_machine() { [[ $(uname) = Linux && ! -e /dev/nvidiactl ]] && ! nvidia-smi -L >/dev/null 2>&1; }
 
 processes() {
-  if [[ -n "${NPROC:-}" ]]; then echo "$NPROC"; elif has_packages; then
-    "$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))'
+  if [[ -n "${NPROC:-}" ]]; then echo "$NPROC"; elif ((${#MISSING[@]} == 0)); then
+    "$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))' 2>/dev/null ||
+      fail "the torch of $PYTHON cannot be imported; see why: $PYTHON -c 'import torch'"
   else echo 1; fi
 }
 
@@ -89,7 +157,6 @@ processes() {
 plan() {
   local count line
   count=$(processes)
-  [[ $count =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$count'; expected the number of processes"
   WORLD=$((NNODES * count))
   COMMAND=("$PYTHON")
   if [[ $NNODES != 1 ]]; then
@@ -115,7 +182,7 @@ run() {
 
 # What a run of train.py takes; one process tells for all of them.
 estimate() {
-  if has_packages; then WORLD_SIZE=$WORLD "$PYTHON" "$@" --dry-run; else
+  if ((${#MISSING[@]} == 0)); then WORLD_SIZE=$WORLD "$PYTHON" "$@" --dry-run; else
     say "What it takes can be told once the packages above are installed"
   fi
 }
@@ -168,8 +235,7 @@ run_tests() {
     shift
   done
   [[ $NNODES = 1 ]] || fail "the tests are for one machine; leave NNODES=$NNODES out"
-  prepare tests/requirements.txt
-  install_alone $TAMING pytorch-fid==0.3.0 torch-fidelity==0.4.0
+  prepare tests/requirements.txt $TAMING pytorch-fid==0.3.0 torch-fidelity==0.4.0
   set -- "$PYTHON" -m pytest -q ${only[@]+"${only[@]}"} "$@"
   say "$*"
   [[ -n $DRY_RUN ]] || "$@"
@@ -179,8 +245,7 @@ train_preset() {
   local name=$1; shift
   presets arguments "$name" >/dev/null
   take_dry_run "$@"
-  prepare requirements.txt
-  [[ $name != *_ldm* ]] || install_alone $TAMING einops
+  if [[ $name = *_ldm* ]]; then prepare requirements.txt $TAMING einops; else prepare requirements.txt; fi
   set -- train.py --preset="$name" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
   plan "$@"
   if [[ -n $DRY_RUN ]]; then estimate "$@"; else
@@ -189,6 +254,7 @@ train_preset() {
 }
 
 find_python
+ASK=("$PYTHON")  # what is asked for packages
 case "${1:-}" in
   "" | -h | --help) list ;;
   quickstart) shift; quickstart "$@" ;;

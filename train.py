@@ -54,8 +54,7 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.command(cls=Command)
 @section("Teacher and output")
 @click.option("--preset", help="Flags of training/presets.yaml, which those of the command line override; `python -m "
-              "training.presets` lists them", metavar="NAME", is_eager=True, callback=take_preset,
-              expose_value=False)  # fmt: skip
+              "training.presets` lists them", metavar="NAME", is_eager=True, callback=take_preset)  # fmt: skip
 @click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
 @click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
               "else: a teacher of your own", metavar="PATH")  # fmt: skip
@@ -129,7 +128,7 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--log", help="Curves and pictures for one of these too, beside the plain files; wandb stays offline "
               "unless WANDB_MODE says otherwise", type=click.Choice(LOGGERS))  # fmt: skip
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
-def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
+def main(preset: str | None, dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
 
     \b
@@ -162,6 +161,9 @@ def main(dataset_name: str | None, model_path: str | None, m: int, **opts: Any) 
             click.echo(describe(config))
             click.echo(estimate(config, device, processes, batch_gpu))
         return
+    if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and distributed.is_first_process():
+        cost = estimate(config, device, processes, batch_gpu).splitlines()[-1]
+        click.echo(f"Warning: preset {preset} is made for GPUs and runs on the CPU. {cost}", err=True)
     loop.train(
         config,
         Path(opts["outdir"]),

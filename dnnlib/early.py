@@ -1,4 +1,4 @@
-"""Signals that come while a command is still importing, or has already ended: one line and an exit code.
+"""What a command meets before it can begin, in one line: a missing or old torch, and signals while it is importing.
 
 Importing torch takes a second, in which Ctrl-C would show a traceback of imports. Nothing is begun then, so nothing is
 lost by leaving at once. Handlers are set where a command of this program is the process, never in programs that import
@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+
+from .packages import TORCH, installed, is_met
 
 #: Exit codes of commands that a signal ended. 75 is EX_TEMPFAIL of sysexits.h, "not done, try again": no scheduler
 #: takes it for success or for a defect, and a process that was killed before it could save never ends with it.
@@ -31,7 +33,19 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(EXIT_CODES[signal.Signals(number)])
 
 
+def _check_packages() -> None:
+    if os.name == "nt":
+        sys.exit("Error: this program runs on Linux and macOS; on Windows, use WSL")
+    if not is_met(TORCH):
+        version = installed("torch")
+        found = f"torch {version} is too old" if version else "torch is missing"
+        sys.exit(
+            f"Error: {found} in {sys.prefix}; {TORCH} is needed: pip install -r requirements.txt, or use launch.sh"
+        )
+
+
 if is_command():
+    _check_packages()
     for _number in EXIT_CODES:
         # One that is ignored stays so: a shell's background jobs are not meant by Ctrl-C.
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):

@@ -24,7 +24,9 @@ offline_option = click.option(
     callback=_go_offline,
 )
 #: Decorators for a command: what `torch_utils.device` picks from.
-device_option = click.option("--device", help="cpu, cuda, cuda:N or mps; default: the fastest there is", metavar="NAME")
+device_option = click.option(
+    "--device", help="cpu, cuda, cuda:N or mps; default: a GPU of CUDA, else cpu", metavar="NAME"
+)
 precision_option = click.option(
     "--precision",
     help="Core of the networks; default: fp16 on CUDA, bf16 on a CPU that has it, else fp32",

@@ -61,12 +61,14 @@ def use_path(path: FastPath) -> Iterator[None]:
 
 
 def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
-    """The device that `name` asks for (`cuda`, `cuda:1`, `mps`, `cpu`); None picks the fastest there is.
+    """The device that `name` asks for (`cuda`, `cuda:1`, `mps`, `cpu`); None picks CUDA if it is there, else the CPU.
+
+    MPS has to be asked for: nothing here has been run on it yet.
 
     A bare `cuda` becomes the GPU of this process' `local_rank`.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

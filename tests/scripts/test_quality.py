@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-PINNED = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+PINNED = re.search(r"^torch==(\S+)", (ROOT / "tests" / "constraints.txt").read_text(), re.M)[1]
 
 
 def run_tool(*command: str) -> None:

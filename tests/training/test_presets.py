@@ -61,6 +61,16 @@ def test_flags_override_a_preset_wherever_they_stand():
     assert (settings["lr"], settings["M"], settings["total_kimg"]) == (1e-3, 2, 800)
 
 
+@pytest.mark.parametrize("name, warned", [("cifar10", True), ("emoji32", False)])
+def test_a_published_teacher_on_the_cpu_is_a_warning_with_the_estimate(name, warned, monkeypatch, tmp_path):
+    monkeypatch.setattr("train.estimate", lambda *args: "Memory: x\nTime: about 53d")
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setattr("train.loop.train", lambda *args, **kwargs: None)
+    output = invoke("train", f"--preset={name}", "--device=cpu").ok().output
+    warning = f"Warning: preset {name} is made for GPUs and runs on the CPU. Time: about 53d\n"
+    assert output == (warning if warned else "")
+
+
 def test_an_unknown_name_or_flag_suggests_the_nearest():
     result = CliRunner().invoke(train.main, ["--preset=imagenet-64"])
     assert result.exit_code == 2 and "did you mean imagenet64 or" in result.output
