@@ -12,6 +12,8 @@ that one rate serves both up to a small factor. U Vᵀ is found by Newton-Schulz
 torch.optim.Muon takes parameters of two dimensions only, one at a time, and cannot leave a step out on the device;
 hence own code. Everything is a function of the averaged gradients alone, so all processes hold the same state, for any
 number of them and any micro-batch.
+
+For r ≤ c of rows and columns, a step costs 4 r² c + 34 r³ operations for each matrix, in float32, whatever the batch.
 """
 
 from collections import defaultdict
@@ -43,10 +45,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     gram = x @ x.mT
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     product = eye
-    for _ in range(STEPS):
+    for k in range(STEPS):
         step = a * eye + b * gram + c * (gram @ gram)
-        product = step @ product
-        gram = step @ gram @ step
+        product = step @ product if k > 0 else step
+        if k < STEPS - 1:
+            gram = step @ gram @ step
     x = product @ x
     return x.mT if is_tall else x
 
