@@ -103,9 +103,15 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--lpips", help="Second stage in pixel space: perceptual loss on the last step, as the published code "
               "computes it, as its authors define it, or none",
               type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
-@click.option("--guidance_type", help="Guidance of a text-conditioned student in sampling, training has none; default: "
-              "cfg", type=click.Choice(["uncond", "cfg"]))  # fmt: skip
-@click.option("--guidance_rate", help="Rate of that guidance; default: the teacher's own, 7.5 for ms_coco", type=float)
+@section("Guidance")
+@click.option("--guidance_rate", help="Rate at which the teacher is guided in training; its student is sampled without "
+              "guidance, in half the evaluations; default: 1, none", type=float)  # fmt: skip
+@click.option("--guidance_type", help="teacher: as --guidance_rate says; cfg: none in training, and a text-conditioned "
+              "student is sampled with it, the published way, default of ms_coco (7.5); uncond: none",
+              type=click.Choice(["uncond", "cfg", "teacher"]))  # fmt: skip
+@click.option("--guide", help="Teacher file of a second network, which guidance leads away from: an unconditional one, "
+              "or a worse one (autoguidance); default: the teacher without its condition", metavar="PATH")  # fmt: skip
+@click.option("--negative_prompt", help="Caption that guidance leads away from; default: the empty one", metavar="TEXT")
 @section("Machine")
 @precision_option
 @device_option
@@ -143,6 +149,8 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
     name = teacher_name(dataset_name, model_path, opts["is_second_stage"])
     settings = {k: v for k, v in opts.items() if k in DistillConfig.__dataclass_fields__}
     settings["precision"] = pick_precision(opts["precision"], device)
+    if opts["guidance_rate"] is not None and opts["guidance_type"] is None:
+        settings["guidance_type"] = "teacher"
     config = DistillConfig(name, model_path=model_path, M=m, **settings)
     check(config)
     if opts["resume_override"] and opts["resume"] in ("auto", "never") and not opts["nosubdir"]:

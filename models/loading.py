@@ -135,7 +135,10 @@ def highest_sigma(row: DatasetSpec, net: Precond) -> float:
 
 
 def load_teacher(
-    dataset_name: str | None, model_path: str | os.PathLike | None = None, device: torch.device | str = "cpu"
+    dataset_name: str | None,
+    model_path: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+    guide_path: str | os.PathLike | None = None,
 ) -> DiffusionModel:
     """The pre-trained model of a data set, in eval mode without gradients.
 
@@ -144,9 +147,10 @@ def load_teacher(
         model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, or a pickle of EDM's training;
             for a data set of Stable Diffusion also a folder of diffusers, or a checkpoint in the published layout.
         device: where to put it.
+        guide_path: a teacher of one's own that guidance leads away from, in place of this one without its condition.
 
     Raises:
-        UserError: unknown name, unreadable file, or one that is not what it should be.
+        UserError: unknown name, unreadable file, one that is not what it should be, or a guide that does not fit.
     """
     if model_path is not None and is_stable_diffusion(model_path):
         row = _stable_diffusion_row(dataset_name, model_path)
@@ -161,8 +165,23 @@ def load_teacher(
     else:
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
-    model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate)
+    guide = None if guide_path is None else read_guide(Path(guide_path), net)
+    model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate, guide)
     return model.to(device).eval().requires_grad_(False)
+
+
+def read_guide(path: Path, net: Precond) -> Precond:
+    """A network that guides `net`: of the same states, and of the same classes or none."""
+    guide = _read_own_teacher(path)
+
+    def states(n: Precond) -> str:
+        return f"{n.img_channels}×{n.img_resolution}²{' with text' if n.context_dim else ''}"
+
+    if net.context_dim is not None or states(guide) != states(net) or guide.label_dim not in (0, net.label_dim):
+        expected = f"{states(net)}, {net.label_dim} classes" + (" or none" if net.label_dim else "")
+        found = f"{states(guide)}, {guide.label_dim} classes"
+        raise UserError(f"{path} cannot guide this teacher: it is a network of {found}; expected {expected}")
+    return guide
 
 
 def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetSpec:

@@ -19,6 +19,8 @@ from .guidance import guided
 from .latent import LatentSpace
 from .precond import Precond
 
+#: The end of a line about a model that guidance cannot change.
+UNGUIDABLE = "has neither classes nor text nor a guide to be guided by; leave the rate out, or give a guide"
 #: Student timestamps that SFD-v draws from, NFE 2 to 5 with AFS.
 VARIABLE_STEPS = (4, 5, 6, 7)
 
@@ -35,8 +37,13 @@ class SamplingSettings:
         sigma_min, sigma_max: ends of the schedule.
         use_step_condition: whether the network is told num_steps.
         is_second_stage: whether the teacher was itself a student.
-        guidance_type, guidance_rate: classifier-free guidance that it is sampled with.
+        guidance_type: `cfg`, it is sampled with guidance; `teacher`, its teacher had guidance in training, and it needs
+            none; `uncond` or None for none at all.
+        guidance_rate: of its own guidance, with `cfg`.
+        training_guidance_rate: of its teacher's, 1 for none.
+        negative_prompt: what that guidance led away from, None for the empty caption.
         teacher_path: file of the teacher, where it is not a registered one.
+        guide_path: file of the network that guided it, where it is not the teacher's registered one.
     """
 
     dataset_name: str
@@ -50,11 +57,15 @@ class SamplingSettings:
     is_second_stage: bool = False
     guidance_type: str | None = None
     guidance_rate: float = 1.0
+    training_guidance_rate: float = 1.0
+    negative_prompt: str | None = None
     teacher_path: str | None = None
+    guide_path: str | None = None
 
     def __post_init__(self) -> None:
         flags = (self.afs, self.use_step_condition, self.is_second_stage)
-        numbers = (self.schedule_rho, self.sigma_min, self.sigma_max, self.guidance_rate)
+        numbers = (self.schedule_rho, self.sigma_min, self.sigma_max, self.guidance_rate, self.training_guidance_rate)
+        texts = ("negative_prompt", "teacher_path", "guide_path")
         if not all(type(flag) is bool for flag in flags) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("a flag is not true or false, or a number is not a number")
         checks = {
@@ -63,9 +74,10 @@ class SamplingSettings:
             "schedule_type": self.schedule_type in SCHEDULES,
             "schedule_rho": 0 < self.schedule_rho <= 1000,
             "sigma_min, sigma_max": 0 < self.sigma_min < self.sigma_max < 1e6,
-            "guidance_type": self.guidance_type in (None, "uncond", "cfg"),
+            "guidance_type": self.guidance_type in (None, "uncond", "cfg", "teacher"),
             "guidance_rate": math.isfinite(self.guidance_rate),
-            "teacher_path": self.teacher_path is None or isinstance(self.teacher_path, str),
+            "training_guidance_rate": math.isfinite(self.training_guidance_rate),
+            **{name: getattr(self, name) is None or isinstance(getattr(self, name), str) for name in texts},
         }
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
@@ -115,7 +127,9 @@ class DiffusionModel(nn.Module):
         net: the preconditioned network.
         dataset_name: name of the teacher's data set.
         latent: first stage and text encoder of a model in a latent space, None in pixel space.
-        guidance_rate: of classifier-free guidance, the default in sampling.
+        guidance_rate: the default in sampling.
+        guide: the network that guidance leads away from, where that is another one than `net` without its condition.
+        negative_prompt: the caption that guidance by text leads away from, None for the empty one.
         noise_schedule: the model's own, for the schedule `discrete`.
     """
 
@@ -127,12 +141,15 @@ class DiffusionModel(nn.Module):
         sigma_max: float,
         latent: LatentSpace | None = None,
         guidance_rate: float = 1.0,
+        guide: Precond | None = None,
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.guide = net, guide
         self.dataset_name = dataset_name
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.latent, self.guidance_rate = latent, guidance_rate
+        self.negative_prompt: str | None = None
+        self._encoded: dict[str, Tensor] = {}  # that caption, once it was needed
         self.noise_schedule: NoiseSchedule | None = net.noise_schedule
 
     @property
@@ -171,6 +188,8 @@ class DiffusionModel(nn.Module):
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:
         self.net.compute_dtype = dtype
+        if self.guide is not None:
+            self.guide.compute_dtype = dtype
 
     def check_class(self, index: int | None) -> None:
         """Refuse a class that the model does not have."""
@@ -183,6 +202,11 @@ class DiffusionModel(nn.Module):
         if prompt is not None and not self.has_text:
             raise UserError(f"{self.dataset_name} has no text; a caption is for a model that has (ms_coco)", "prompt")
 
+    def check_guidance(self, rate: float) -> None:
+        """Refuse guidance of a model that has nothing to be guided by."""
+        if rate != 1 and not (self.label_dim or self.has_text or self.guide is not None):
+            raise UserError(f"{self.dataset_name} {UNGUIDABLE}", "guidance_rate")
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""
         if self.latent is None:
@@ -193,7 +217,12 @@ class DiffusionModel(nn.Module):
         """What `denoise` takes by name for `given`: one-hot labels, text conditions, or None for neither."""
         if not self.has_text:
             return {"class_labels": given, "guidance_rate": guidance_rate}
-        unconditional = None if guidance_rate == 1 else self.encode_text([""])
+        unconditional = None
+        if guidance_rate != 1 and self.guide is None:
+            caption = self.negative_prompt or ""
+            if caption not in self._encoded:
+                self._encoded = {caption: self.encode_text([caption])}
+            unconditional = self._encoded[caption]
         return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
 
     def denoiser(
@@ -218,20 +247,24 @@ class DiffusionModel(nn.Module):
             class_labels: one-hot `[B, label_dim]`, of a class-conditional model.
             condition: `[B, tokens, width]`, of a text-conditioned one, which takes no labels.
             unconditional_condition: that of the empty caption, which guidance by text needs.
-            guidance_rate: see `models.guidance`; None is 1, no guidance. Labels are guided by zeros in their place.
+            guidance_rate: see `models.guidance`; None is 1, no guidance. It leads away from the `guide` under the same
+                labels, if there is one, else from zeros in their place.
             step_condition: number of timestamps, for a step-conditioned student.
 
         Raises:
             ValueError: a condition that the model does not have, or none where it needs one.
         """
         rate = 1.0 if guidance_rate is None else guidance_rate
-        if rate != 1 and not self.label_dim and not self.has_text:
-            raise ValueError(f"{self.dataset_name} has no conditions: it takes no guidance rate")
-        if rate != 1 and self.has_text and unconditional_condition is None:
-            raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
         net = partial(self.net, step_condition=step_condition)
         conditional = partial(net, class_labels=class_labels, condition=condition)
-        return guided(conditional, partial(net, condition=unconditional_condition), rate)(x, sigma)
+        unguided = partial(net, condition=unconditional_condition)
+        if self.guide is not None:
+            unguided = partial(self.guide, class_labels=class_labels if self.guide.label_dim else None)
+        elif rate != 1 and not self.label_dim and not self.has_text:
+            raise ValueError(f"{self.dataset_name} has no conditions: it takes no guidance rate")
+        elif rate != 1 and self.has_text and unconditional_condition is None:
+            raise ValueError("a guidance rate other than 1 needs an unconditional_condition")
+        return guided(conditional, unguided, rate)(x, sigma)
 
     forward = denoise  # so that hooks and torch.compile see it
 

@@ -85,17 +85,15 @@ def choose_prompts(model: DiffusionModel, options: SamplerOptions) -> Prompts | 
     """The captions that a command line asks for: one, those of a file, or by seed; None for a model without text.
 
     Raises:
-        UserError: captions or guidance for a model without text, a file of them that cannot be used, or both
-            ways of giving them.
+        UserError: captions for a model without text, a file of them that cannot be used, or both ways of giving them.
     """
-    if not model.has_text:
-        model.check_prompt(options.prompt)
-        for name in ("prompts", "guidance_rate"):
-            if getattr(options, name) is not None:
-                raise UserError(f"{model.dataset_name} has no text; this is for a model that has (ms_coco)", name)
-        return None
     if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
         raise UserError(f"{options.guidance_rate} is not a finite number; give one", "guidance_rate")
+    if not model.has_text:
+        model.check_prompt(options.prompt)
+        if options.prompts is not None:
+            raise UserError(f"{model.dataset_name} has no text; this is for a model that has (ms_coco)", "prompts")
+        return None
     if options.prompt is not None and options.prompts is not None:
         raise UserError("one caption and a file of captions were given; leave one of them out", "prompts")
     if options.prompt is not None:

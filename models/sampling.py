@@ -155,6 +155,7 @@ class SamplerOptions:
     afs: bool | None = None
     denoise_to_zero: bool | None = None
     guidance_rate: float | None = None
+    guide: str | None = None
     prompt: str | None = None
     prompts: str | None = None
 
@@ -164,6 +165,8 @@ class SamplerOptions:
 
 #: What a student can be asked for; the rest it was distilled for.
 STUDENT_OPTIONS = ("num_steps", "guidance_rate", "prompt", "prompts")
+#: What says more of a sampler than its flags do, and is part of its identity where it has any.
+NOT_OF_ALL = ("guidance_rate", "guide", "prompt", "prompts")
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,14 @@ def open_sampler(
     if path is None or is_teacher_file(path):
         if dataset_name is not None:
             get_row(dataset_name)
-        model = load_teacher(dataset_name, path, device)
+        model = load_teacher(dataset_name, path, device, options.guide)
         prompts = choose_prompts(model, options)
         sampler = teacher_sampler(model, options, prompts)
         effective = TeacherOptions(**options.given())
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
-        identity = {key: value for key, value in asdict(effective).items() if key not in STUDENT_OPTIONS[1:]}
+        identity = {key: value for key, value in asdict(effective).items() if key not in NOT_OF_ALL}
+        if options.guide is not None:
+            identity["guide"] = sha256_of(Path(options.guide))
     else:
         model = load_student(path, device)
         _check_student(model.sampling, dataset_name, options)
@@ -271,9 +276,12 @@ def open_sampler(
         # Snapshots have the same names in every run, so the name of the run comes with it.
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
         identity = {"num_steps": len(sampler.sigmas)}
+    model.check_guidance(sampler.plan.guidance_rate)
     model.compute_dtype = dtype
     if model.latent is not None:
         model.latent.decoder()  # so that a file without one is found now
+    if prompts is None and sampler.plan.guidance_rate != 1:
+        identity["guidance_rate"] = sampler.plan.guidance_rate
     if prompts is not None:
         texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
         identity |= {"guidance_rate": sampler.plan.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
@@ -312,8 +320,13 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     model, plan = student.sampler.model, student.sampler.plan
     if not isinstance(model, Student):
         raise UserError("is a teacher; expected the student to compare with its teacher", "model_path")
-    teacher = load_teacher(model.dataset_name, model.sampling.teacher_path, next(model.parameters()).device)
+    settings = model.sampling
+    device = next(model.parameters()).device
+    teacher = load_teacher(model.dataset_name, settings.teacher_path, device, settings.guide_path)
+    teacher.negative_prompt = settings.negative_prompt
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
+    # What the student learnt from, or is sampled with.
+    rate = settings.training_guidance_rate if settings.training_guidance_rate != 1 else plan.guidance_rate
     choices = [(BEST, SamplerOptions(denoise_to_zero=True))]
     choices += [(TRAINING_FREE[name], SamplerOptions(steps + 1, name)) for name, steps in training_free]
     name = model.sampling.teacher_path or model.dataset_name
@@ -321,7 +334,7 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity}
     found = []
     for label, chosen in choices:
-        options = TeacherOptions(**chosen.given(), guidance_rate=plan.guidance_rate)
+        options = TeacherOptions(**chosen.given(), guidance_rate=rate)
         identity = {"model": f"teacher of {name}", **(asdict(options) | shared)}
         found.append(ComparedSampler(label, teacher_sampler(teacher, options, student.sampler.prompts), identity))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from dnnlib import UserError
 from models.loading import find_student, own_name, read_sampling
-from models.model import VARIABLE_STEPS, SamplingSettings
+from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
 from solvers import SamplingPlan, get_solver
 
@@ -46,6 +46,8 @@ class DistillConfig:
     lpips: str = "reference"
     guidance_type: str | None = None
     guidance_rate: float | None = None
+    guide: str | None = None
+    negative_prompt: str | None = None
     dropout: float | None = None
     precision: str = "fp32"
     seed: int = 0
@@ -69,10 +71,20 @@ class DistillConfig:
 
     @property
     def sampling_rate(self) -> float:
-        """Guidance rate of sampling, 1 for none; training has none. A text-conditioned teacher has its own."""
-        if not self.has_text or self.guidance_type == "uncond":
+        """Guidance rate of the student in sampling, 1 for none: the published way of a text-conditioned teacher."""
+        if not self.has_text or self.guidance_type in ("uncond", "teacher"):
             return 1.0
         return ROWS[self.dataset_name].guidance_rate if self.guidance_rate is None else self.guidance_rate
+
+    @property
+    def training_rate(self) -> float:
+        """Guidance rate of the teacher in training, 1 for none; its student is sampled without."""
+        if self.guidance_type in ("uncond", "cfg") or (self.has_text and self.guidance_type is None):
+            return 1.0
+        if self.guidance_rate is not None:
+            return self.guidance_rate
+        # A student of the first stage has its teacher's guidance in it.
+        return 1.0 if self.is_second_stage or self.dataset_name not in ROWS else ROWS[self.dataset_name].guidance_rate
 
     def student_plan(self, num_steps: int) -> SamplingPlan:
         """How the student of so many timestamps is sampled; in training it has no guidance."""
@@ -83,17 +95,17 @@ class DistillConfig:
         return (self.M + 1) * (num_steps - 1) + 1
 
     def teacher_plan(self, num_steps: int, source: SamplingSettings | None = None) -> SamplingPlan:
-        """How a trajectory for a student of `num_steps` timestamps is made, without guidance.
+        """How a trajectory for a student of `num_steps` timestamps is made.
 
         First stage: by the configured solver, without AFS. Second stage: as `source` says, the settings of a student.
         """
         steps = self.teacher_steps(num_steps)
         if source is not None:
-            return SamplingPlan(get_solver("euler"), steps, source.afs)
+            return SamplingPlan(get_solver("euler"), steps, source.afs, self.training_rate)
         solver = get_solver(
             self.sampler_tea, self.max_order, self.predict_x0, self.lower_order_final, self.thresholding
         )
-        return SamplingPlan(solver, steps, denoise_to_zero=self.denoise_to_zero)
+        return SamplingPlan(solver, steps, False, self.training_rate, self.denoise_to_zero)
 
     def learning_rate(self, images: int) -> float:
         """After so many trajectories; `step`: a tenth in the second half, `linear`: falling to zero all the way."""
@@ -114,19 +126,25 @@ class DistillConfig:
             use_step_condition=self.use_step_condition,
             is_second_stage=self.is_second_stage,
             # Where nothing is said, the teacher's own guidance is taken over once it is there.
-            guidance_type="cfg" if self.guidance_rate is not None and self.has_text else self.guidance_type,
+            guidance_type="cfg"
+            if self.guidance_rate is not None and self.has_text and self.guidance_type is None
+            else self.guidance_type,
             guidance_rate=1.0 if self.guidance_type is None and self.guidance_rate is None else self.sampling_rate,
+            training_guidance_rate=self.training_rate,
+            negative_prompt=self.negative_prompt,
             teacher_path=None if self.is_second_stage else self.model_path,
+            guide_path=self.guide,
         )
 
     def run_name(self, desc: str | None = None) -> str:
-        """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-desc]`, as run directories are called."""
+        """`<dataset>-<num_steps>-<nfe>-<solver>-<M>-<schedule>[-afs][-w<rate>][-desc]`, as run folders are called."""
         short = {"polynomial": "poly", "logsnr": "logsnr", "time_uniform": "uni", "discrete": "discrete"}
         schedule = short[self.schedule_type] + ("" if self.schedule_type == "logsnr" else f"{self.schedule_rho:g}")
         steps, nfe = span(self.step_choices), span([self.student_plan(s).nfe for s in self.step_choices])
         solver = "euler" if self.is_second_stage else self.sampler_tea
         parts = [self.dataset_name, steps, nfe, solver, str(self.M), schedule]
-        return "-".join(parts + ["afs"] * self.afs + ([desc] if desc else []))
+        guided = [] if self.training_rate == 1 else [f"w{self.training_rate:g}"]
+        return "-".join(parts + ["afs"] * self.afs + guided + ([desc] if desc else []))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,12 +186,7 @@ def check(config: DistillConfig) -> None:
         )
     if config.M < 0:
         raise UserError(f"--M={config.M} is negative; it counts inserted timestamps, use 0 or more (usually 3)")
-    if config.guidance_type == "cfg" and not config.has_text:
-        raise UserError(
-            f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {config.dataset_name} has no text"
-        )
-    if config.guidance_rate not in (None, 1) and (not config.has_text or config.guidance_type == "uncond"):
-        raise UserError(f"--guidance_rate={config.guidance_rate:g} does nothing without --guidance_type=cfg")
+    check_guidance(config)
     if config.denoise_to_zero and config.is_second_stage:
         raise UserError(
             "--denoise_to_zero=True is for the first stage, whose teacher is a diffusion model; the second stage takes "
@@ -192,6 +205,27 @@ def check(config: DistillConfig) -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_guidance(config: DistillConfig) -> None:
+    """Refuse guidance that does nothing, and one for a registered model that has nothing to be guided by."""
+    name, row = config.dataset_name, ROWS.get(config.dataset_name)
+    given = config.guidance_rate is not None
+    if config.guidance_type == "cfg" and not config.has_text:
+        raise UserError(f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {name} has no text")
+    if config.guidance_type == "uncond" and config.guidance_rate not in (None, 1):
+        raise UserError(f"--guidance_rate={config.guidance_rate:g} does nothing with --guidance_type=uncond")
+    if config.guidance_type == "teacher" and not given and config.training_rate == 1 and not config.is_second_stage:
+        raise UserError("--guidance_type=teacher needs --guidance_rate, for the teacher has no rate of its own")
+    unguidable = row is not None and not (row.text or row.label_dim or config.guide or config.model_path)
+    if config.training_rate != 1 and unguidable:
+        raise UserError(f"--guidance_rate={config.training_rate:g}: {name} {UNGUIDABLE}")
+    if config.guide is not None and (config.training_rate == 1 or config.is_second_stage):
+        raise UserError("--guide does nothing here; give --guidance_rate with it, in the first stage")
+    if config.negative_prompt is not None and (config.training_rate == 1 or not config.has_text):
+        raise UserError(
+            "--negative_prompt does nothing here; it is for a text-conditioned teacher with --guidance_rate"
+        )
 
 
 def source_settings(config: DistillConfig) -> SamplingSettings | None:
@@ -252,4 +286,6 @@ def follow_teacher(config: DistillConfig, teacher: SamplingSettings) -> DistillC
             f"--num_steps={config.num_steps} --M={config.M} sample the model at {needed} timestamps, it was made for "
             f"{span(allowed)}; (M+1)·(num_steps−1)+1 must match"
         )
+    if teacher.guidance_type == "teacher" and config.guidance_type is None:
+        config = replace(config, guidance_type="teacher")  # its guidance is in it, and so it will be in its student
     return replace(config, use_step_condition=teacher.use_step_condition)

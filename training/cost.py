@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import UserError, format_count, format_duration
 from models.detectors.lpips import LPIPS
-from models.loading import build_on_meta
+from models.loading import build_on_meta, read_guide
 from models.model import SamplingSettings, Student
 from models.precond import Precond
 from models.registry import get_row
@@ -91,25 +92,32 @@ class Cost:
     """What a run takes on one process.
 
     Attributes:
-        teacher, student: evaluations per trajectory, of SFD-v their means.
+        teacher, student: evaluations per trajectory, of SFD-v their means; guidance doubles the teacher's.
         flops: operations of one evaluation of one sample.
         memory: bytes, of weights, gradients, optimizer and the activations of a micro-batch.
+        teacher_work: operations of an evaluation of the teacher, on average, as a part of `flops`; not 1 where a second
+            network guides it.
     """
 
     teacher: float
     student: float
     flops: int
     memory: int
+    teacher_work: float = 1.0
 
     @property
     def flops_per_trajectory(self) -> float:
-        return (self.teacher + TRAINED * self.student) * self.flops
+        return (self.teacher * self.teacher_work + TRAINED * self.student) * self.flops
 
 
 def run_cost(
-    config: DistillConfig, net: Precond, micro_batch_size: int, source: SamplingSettings | None = None
+    config: DistillConfig,
+    net: Precond,
+    micro_batch_size: int,
+    source: SamplingSettings | None = None,
+    guide: Precond | None = None,
 ) -> Cost:
-    """What a run of `config` takes; `net` is the teacher's, without memory.
+    """What a run of `config` takes; `net` is the teacher's, without memory, and so is `guide`.
 
     `source` are the settings of the student that a second stage distils.
     """
@@ -121,7 +129,11 @@ def run_cost(
     weights = size * (5 * 4 + 2 * dtype.itemsize * (dtype != torch.float32))
     states = (max(choices) + 4) * micro_batch_size * net.img_channels * net.img_resolution**2 * 4
     memory = weights + states + activation_bytes(net, dtype, micro_batch_size)
-    return Cost(sum(teacher) / len(teacher), sum(student) / len(student), flops_per_evaluation(net), memory)
+    flops, teacher_work = flops_per_evaluation(net), 1.0
+    if guide is not None:
+        teacher_work = (1 + flops_per_evaluation(guide) / flops) / 2
+        memory += sum(p.numel() for p in guide.parameters()) * (4 + dtype.itemsize * (dtype != torch.float32))
+    return Cost(sum(teacher) / len(teacher), sum(student) / len(student), flops, memory, teacher_work)
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Calibration:
 
     def seconds(self, cost: Cost, images: int) -> float:
         """Of `images` trajectories on one process."""
-        return images * (cost.teacher * self.evaluation + cost.student * self.training)
+        return images * (cost.teacher * cost.teacher_work * self.evaluation + cost.student * self.training)
 
 
 def calibrate(net: Precond, device: torch.device, dtype: torch.dtype, micro: int, seconds: float = 5.0) -> Calibration:
@@ -210,9 +222,9 @@ def estimate(
     config: DistillConfig, device: torch.device, processes: int = 1, batch_gpu: int | None = None, seconds: float = 5.0
 ) -> str:
     """What `train.py --dry-run` says of a run's cost on this device, after a calibration of about so many seconds."""
-    net = _network(config)
+    net, guide = _networks(config)
     micro = micro_batch(config.batch, batch_gpu, processes)
-    cost = run_cost(config, net, micro, source_settings(config))
+    cost = run_cost(config, net, micro, source_settings(config), guide)
     calibration = calibrate(net, device, PRECISIONS[config.precision], micro, seconds)
     length = calibration.seconds(cost, config.total_images) / processes
     rate = cost.flops_per_trajectory * config.total_images / processes / length
@@ -228,11 +240,14 @@ def estimate(
     )
 
 
-def _network(config: DistillConfig) -> Precond:
-    """The network of a run; of a registered teacher without its weights, which need not be there."""
+def _networks(config: DistillConfig) -> tuple[Precond, Precond | None]:
+    """The network of a run, and what guides it; of a registered teacher without weights, which need not be there."""
     if config.is_second_stage or config.model_path is not None:
-        return load_source(config).net
-    return build_on_meta(get_row(config.dataset_name))
+        source = load_source(config)
+        source.check_guidance(config.training_rate)
+        return source.net, source.guide
+    net = build_on_meta(get_row(config.dataset_name))
+    return net, None if config.guide is None else read_guide(Path(config.guide), net)
 
 
 def largest_micro_batch(teacher: Teacher, student: Student, lpips: LPIPS | None, share: int) -> int:

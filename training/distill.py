@@ -41,7 +41,7 @@ def load_source(config: DistillConfig, device: torch.device | str = "cpu") -> Di
     """The model that a run distils: a diffusion model or, in the second stage, a student."""
     if config.is_second_stage:
         return load_student(first_student(config.model_path), device)
-    return load_teacher(config.dataset_name, config.model_path, device)
+    return load_teacher(config.dataset_name, config.model_path, device, config.guide)
 
 
 class Teacher:

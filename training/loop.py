@@ -104,7 +104,9 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
         config = follow_teacher(config, source.sampling)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
     if isinstance(source, Student):  # the first teacher, where it has no registered name, stays known
-        sampling = replace(sampling, teacher_path=source.sampling.teacher_path)
+        sampling = replace(sampling, **_first_teacher(sampling, source.sampling))
+    source.check_guidance(config.training_rate)
+    source.negative_prompt = config.negative_prompt
     source.compute_dtype = PRECISIONS[config.precision]
     torch.manual_seed(derive_seed(config.seed, INIT))
     student = make_student(source, sampling)
@@ -122,11 +124,16 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
     return config, teacher, student
 
 
-def _with_guidance(sampling: SamplingSettings, source: DiffusionModel) -> SamplingSettings:
-    """A text-conditioned student is sampled with guidance, at its teacher's rate unless there is another one.
+def _first_teacher(sampling: SamplingSettings, first: SamplingSettings) -> dict[str, Any]:
+    """What a student of the second stage records of its teacher's."""
+    kept: dict[str, Any] = {"teacher_path": first.teacher_path, "guide_path": first.guide_path}
+    if sampling.training_guidance_rate == 1:
+        kept |= dict(training_guidance_rate=first.training_guidance_rate, negative_prompt=first.negative_prompt)
+    return kept
 
-    Teacher and student are trained without, as the paper's are.
-    """
+
+def _with_guidance(sampling: SamplingSettings, source: DiffusionModel) -> SamplingSettings:
+    """The published way of a text-conditioned student: trained without guidance, sampled at its teacher's rate."""
     if not source.has_text or sampling.guidance_type is not None:
         return sampling
     return replace(sampling, guidance_type="cfg", guidance_rate=source.guidance_rate)

@@ -76,8 +76,8 @@ sample_options = combined(
     click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT"),
     click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
                  "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV"),
-    click.option("--guidance_rate", help="Classifier-free guidance of a text-conditioned model, 1 for none; default: "
-                 "the rate that the student records, the teacher's 7.5", type=float),
+    click.option("--guidance_rate", help="Guidance towards the caption or the class, 1 for none; default: the rate that "
+                 "the student records, or the teacher's own", type=float),
 )  # fmt: skip
 #: How it samples; with those of `sample_options` the fields of `SamplerOptions`.
 solver_options = combined(
@@ -92,6 +92,7 @@ solver_options = combined(
     click.option("--schedule_type", help="Teacher: time schedule; default: polynomial", type=click.Choice(SCHEDULES)),
     click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float),
     click.option("--afs", help="Teacher: analytical first step; default: False", type=bool),
+    click.option("--guide", help="Teacher: file of a second network, which guidance leads away from", metavar="PATH"),
     click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: False",
                  type=bool),
 )  # fmt: skip
