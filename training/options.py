@@ -76,8 +76,8 @@ sample_options = combined(
     click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT"),
     click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
                  "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV"),
-    click.option("--guidance_rate", help="Guidance towards the caption or the class, 1 for none; default: the rate that "
-                 "the student records, or the teacher's own", type=float),
+    click.option("--guidance_rate", help="Guidance towards the caption or the class, 1 for none; default: the rate "
+                 "that the student records, or the teacher's own", type=float),
 )  # fmt: skip
 #: How it samples; with those of `sample_options` the fields of `SamplerOptions`.
 solver_options = combined(

@@ -441,9 +441,10 @@ def test_flags_of_captions_that_do_not_fit_are_refused(files):
     sample("ms_coco", files, run_dir, outdir="x", prompt="a", guidance_rate="nan").refused(
         "--guidance_rate: nan is not"
     )
-    for name, value in (("prompt", "a"), ("prompts", "two.txt"), ("guidance_rate", 2)):
+    refusals = {"prompt": "has no text", "prompts": "has no text", "guidance_rate": "has neither classes nor text"}
+    for (name, why), value in zip(refusals.items(), ("a", "two.txt", 2)):
         result = sample("lsun_bedroom", files, "teacher", dataset_name="lsun_bedroom", outdir="x", **{name: value})
-        result.refused(f"--{name} needs a text-conditioned model")
+        result.refused(f"--{name}: lsun_bedroom {why}")
     assert not Path("x").exists()
 
 
@@ -499,6 +500,24 @@ def test_training_is_without_guidance_and_with_captions_drawn_for_the_whole_batc
     with known_as_published("ms_coco", files):
         settings = load_student(only_run(tmp_path)).sampling
     assert (settings.guidance_type, settings.guidance_rate, settings.nfe) == ("cfg", 7.5, 4)
+
+
+@pytest.mark.parametrize("negative", [None, "dog; 'x'"])
+def test_a_guided_teacher_leads_away_from_the_negative_caption(files, tmp_path, negative):
+    need("ms_coco")
+    config = DistillConfig("ms_coco", guidance_type="teacher", guidance_rate=3.0, negative_prompt=negative, M=0,
+                           schedule_type="discrete", schedule_rho=1)  # fmt: skip
+    with known_as_published("ms_coco", files):
+        _, teacher, student = loop.load_models(config, CPU)
+        cat, free = student.encode_text(["a cat"]), student.encode_text([negative or ""])
+        assert (free - student.encode_text([""])).abs().max() > 0 or negative is None
+        x, sigma = torch.randn(1, 4, 8, 8), 5.0
+        bound, unbound = (student.denoise(x, sigma, condition=c) for c in (cat, free))
+        found = teacher.denoiser(cat, teacher.plan(4))(x, sigma)
+        torch.testing.assert_close(found, unbound + 3 * (bound - unbound), atol=1e-4, rtol=1e-4)
+    s = student.sampling
+    assert (s.guidance_type, s.training_guidance_rate, s.negative_prompt, s.plan.nfe) == ("teacher", 3.0, negative, 2)
+    assert teacher.plan(4).nfe == 2 * 3
 
 
 def test_captions_of_an_iteration_do_not_depend_on_anything_else():

@@ -80,7 +80,7 @@ EMOJI = "--dataset_name=emoji32"
         ),
         ([EMOJI, "--lr_schedule=cosine"], r"cosine.*linear"),
         ([EMOJI, "--guidance_type=cfg"], r"--guidance_type=cfg needs a text-conditioned teacher"),
-        ([EMOJI, "--guidance_rate=2"], r"--guidance_rate=2 does nothing"),
+        ([EMOJI, "--guidance_rate=2"], r"--guidance_rate=2: emoji32 has neither classes"),
         ([EMOJI, "--thresholding=True", "--sampler_tea=heun"], r"thresholding needs solver dpmpp"),
         ([EMOJI, "--device=toaster"], r"--device: 'toaster' is no device; expected cpu"),
         ([EMOJI, "--device=cuda:99"], r"--device: cuda:99 needs GPU 99, this machine shows"),
