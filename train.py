@@ -121,6 +121,8 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--deterministic", help="CUDA: equal runs give equal weights, more slowly; --bench is off then",
               is_flag=True)  # fmt: skip
 @offline_option
+@click.option("--grad_compression", help="Several processes: send gradients as they are, or in bf16, half of the bytes",
+              type=click.Choice(list(distributed.COMPRESSIONS)), default="none")  # fmt: skip
 @section("Progress")
 @click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
 @click.option(

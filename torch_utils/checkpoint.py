@@ -141,13 +141,19 @@ def usable_state(path: PathLike) -> Iterator[None]:
         ) from None
 
 
-def read_state(path: PathLike) -> dict[str, Any]:
-    """Read a training state to the CPU without executing anything; damaged bits are found by its checksums."""
+def read_state(path: PathLike, is_whole: bool = False) -> dict[str, Any]:
+    """Read a training state to the CPU without executing anything; damaged bits are found by its checksums.
+
+    Args:
+        is_whole: another process of this machine or run has checked it just now. The file is mapped then, so that the
+            processes of a machine share what they read of it.
+    """
     with usable_state(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no regular file")  # opening a pipe would wait for ever
-        _check_sums(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if not is_whole:
+            _check_sums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_whole)
 
 
 def _check_sums(path: PathLike) -> None:

@@ -28,6 +28,8 @@ from dnnlib import UserError
 from dnnlib.errors import share_failures
 
 T = TypeVar("T")
+#: In which dtype gradients are sent.
+COMPRESSIONS = {"none": None, "bf16": torch.bfloat16}
 #: Gradients that are reduced at a time: large enough for the bandwidth, small enough to start early.
 BUCKET_BYTES = 32 << 20
 #: How long a process waits for one that is slower. Rank 0 alone writes files and compares features meanwhile.

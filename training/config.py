@@ -29,6 +29,7 @@ class DistillConfig:
     lr_schedule: str = "step"
     optimizer: str = "adam"
     loss_knee: float | None = None
+    grad_compression: str = "none"
     num_steps: int = 4
     M: int = 3
     afs: bool = True

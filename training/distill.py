@@ -33,7 +33,6 @@ from torch_utils.device import fast_path
 from .config import DistillConfig, first_student
 from .optimizers import make_optimizer
 
-GRAD_LIMIT = 1e5
 EULER = get_solver("euler")
 
 
@@ -141,7 +140,8 @@ class Distiller:
         lpips: what `perceptual_loss` gives for the run.
 
     Attributes:
-        skipped: number of optimizer steps left out because the loss was not finite; a device tensor.
+        skipped: number of optimizer steps left out because the loss or a gradient was not finite; a device tensor.
+        bad_losses: number of those whose loss was not finite; a device tensor.
         losses: statistics since they were last flushed.
     """
 
@@ -162,7 +162,8 @@ class Distiller:
         self.optimizer = make_optimizer(
             config.optimizer, student, config.lr, student.img_channels, student.label_dim, fused
         )
-        self.skipped = torch.zeros((), device=self.device)
+        self.skipped, self.bad_losses = torch.zeros([2], device=self.device)
+        self._one = torch.ones((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
     def iterate(self, noise: Tensor, cond: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -222,12 +223,17 @@ class Distiller:
         return new_states
 
     def _update(self, loss: Tensor) -> None:
-        """A step, unless the loss of any rank was not finite; fused kernels decide that without the host waiting."""
-        distributed.average_gradients(self.trained)
-        bad = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
-        for param in self.trained:
-            if param.grad is not None:
-                torch.nan_to_num(param.grad, nan=0.0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
+        """A step, unless the loss of any rank or a gradient is not finite.
+
+        Fused kernels decide that without the host waiting. A gradient that overflowed is no large gradient: clipped and
+        squared, it would fill Adam's second moment and stop its weight for thousands of steps.
+        """
+        distributed.average_gradients(self.trained, distributed.COMPRESSIONS[self.config.grad_compression])
+        bad_loss = distributed.all_reduce_sum((~loss.isfinite()).float()).clamp(max=1)
+        bad = bad_loss.clone()
+        # As GradScaler does, with a scale of 1: one pass over all gradients, which are the same on every rank.
+        grads = [param.grad for param in self.trained if param.grad is not None]
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self._one)
         # The fused kernel reads these as GradScaler sets them: with found_inf = 1, weights and moments stay.
         if self.optimizer.defaults["fused"]:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]  # not declared
@@ -236,3 +242,4 @@ class Distiller:
             self.optimizer.step()
         self.student.net.normalize_weights()
         self.skipped += bad
+        self.bad_losses += bad_loss

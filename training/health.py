@@ -13,8 +13,8 @@ from torch_utils import distributed
 
 from .distill import Distiller
 
-#: Iterations in a row with a non-finite loss after which a run is hopeless.
-MAX_BAD_IN_A_ROW = 20
+#: Iterations in a row with a step left out after which half precision is given up, and after which a run is hopeless.
+MAX_OVERFLOWS, MAX_BAD_IN_A_ROW = 5, 20
 
 
 class LaggedCount:
@@ -55,27 +55,33 @@ class Health:
 
     def __init__(self, distiller: Distiller) -> None:
         self.distiller, self.half_off = distiller, False
-        self._skips = LaggedCount(distiller.skipped)
-        self._seen_skips, self._bad_in_a_row = 0, 0
+        self._skips, self._bad_losses = LaggedCount(distiller.skipped), LaggedCount(distiller.bad_losses)
+        self._seen_skips, self._seen_bad_losses, self._bad_in_a_row = 0, 0, 0
 
     def check(self, images: int) -> str | None:
         """Look at the skipped steps after an iteration; a line for the log if the precision has changed.
 
         Raises:
-            UserError: the loss has not been finite for `MAX_BAD_IN_A_ROW` iterations.
+            UserError: steps have been left out in `MAX_BAD_IN_A_ROW` iterations in a row.
         """
         before, self._seen_skips = self._seen_skips, self._skips.poll()
+        bad_before, self._seen_bad_losses = self._seen_bad_losses, self._bad_losses.poll()
         if self._seen_skips == before:
             self._bad_in_a_row = 0
             return None
         self._bad_in_a_row += 1
+        # One gradient that overflows costs a step; a loss that does, or gradients that do so again and again, the run.
+        bad_loss = self._seen_bad_losses > bad_before
         if self.distiller.config.precision == "fp16" and not self.half_off:
+            if not bad_loss and self._bad_in_a_row < MAX_OVERFLOWS:
+                return None
             self.switch_half_off()
-            return f"A loss was not finite at kimg {images / 1000:g}: continuing in float32"
+            what = "A loss was" if bad_loss else f"Gradients of {MAX_OVERFLOWS} iterations in a row were"
+            return f"{what} not finite at kimg {images / 1000:g}: continuing in float32"
         if self._bad_in_a_row >= MAX_BAD_IN_A_ROW:
             raise UserError(
-                f"the loss is not finite: {self._seen_skips} steps skipped up to kimg {images / 1000:g}; "
-                "lower --lr, or check the teacher with sample.py --model_path=teacher"
+                f"the loss is not finite, or its gradients: {self._seen_skips} steps skipped up to kimg "
+                f"{images / 1000:g}; lower --lr, or check the teacher with sample.py --model_path=teacher"
             )
         return None
 
@@ -94,17 +100,22 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         self._skips.wait()
+        self._bad_losses.wait()
         return {
             "skipped": int(self.distiller.skipped),
             "seen_skips": self._seen_skips,
+            "bad_losses": int(self.distiller.bad_losses),
+            "seen_bad_losses": self._seen_bad_losses,
             "half_off": self.half_off,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.distiller.skipped.fill_(state["skipped"])
+        self.distiller.bad_losses.fill_(state["bad_losses"])
         self._skips = LaggedCount(self.distiller.skipped, state["skipped"])
+        self._bad_losses = LaggedCount(self.distiller.bad_losses, state["bad_losses"])
         # On CUDA the last step's skip may not have been seen yet.
-        self._seen_skips = state["seen_skips"]
+        self._seen_skips, self._seen_bad_losses = state["seen_skips"], state["seen_bad_losses"]
         if state["half_off"]:
             self.switch_half_off()
 

@@ -77,6 +77,7 @@ def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path
             if done or stopped or ticks // intervals.dump > ticks_before // intervals.dump:
                 state.save(run_dir, intervals.keep)
             if stopped:
+                distributed.barrier()  # the first process that ends makes torchrun end the others
                 number = asked() or signal.SIGTERM
                 by = "the end of torchrun" if stops.is_orphan else signal.Signals(number).name
                 where = f"at kimg {state.images / 1000:g}, the state is saved; repeat the command to go on"

@@ -20,6 +20,8 @@ from .health import Health
 
 STATE = "training-state.pt"
 OLDER_STATE = r"training-state\.(\d{1,9})\.pt"
+#: What health counts.
+COUNTS = ("skipped", "seen_skips", "bad_losses", "seen_bad_losses")
 #: What Adam and Muon keep for a weight.
 MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})
 
@@ -60,7 +62,7 @@ class TrainingState:
         """
         path = distributed.on_first_rank(lambda: self._restore_newest(run_dir, log))
         if path is not None and distributed.rank() > 0:
-            self._restore(path)
+            self._restore(path, is_whole=True)
         return path is not None
 
     def _restore_newest(self, run_dir: Path, log: Callable[[str], None]) -> Path | None:
@@ -78,24 +80,25 @@ class TrainingState:
             raise damaged[0][1]
         return None
 
-    def _restore(self, path: Path) -> None:
-        state = read_state(path)
+    def _restore(self, path: Path, is_whole: bool = False) -> None:
+        state = read_state(path, is_whole)
         with usable_state(path):
+            state = {**dict.fromkeys(COUNTS[1:], 0), "seen_skips": state["skipped"], **state}  # of older versions
             _check(state, self.distiller)
             self.distiller.student.net.load_state_dict(state["student"])
             _load_optimizer(self.distiller.optimizer, state["optimizer"])
-            self.health.load_state_dict({"seen_skips": state["skipped"], **state})
+            self.health.load_state_dict(state)
             self.images, self.seconds = state["images"], float(state["seconds"])
 
 
 def _check(state: dict[str, Any], distiller: Distiller) -> None:
     """Refuse contents that no run has written, with a ValueError: a later iteration would fail on them."""
-    total = distiller.config.total_images
-    counts = {"images": total, "skipped": math.inf, "seen_skips": math.inf}
-    for name, highest in counts.items():
-        value = state.get(name, 0) if name == "seen_skips" else state[name]
+    highest: float = distiller.config.total_images
+    for name in ("images", *COUNTS):
+        value = state[name]
         if type(value) is not int or not 0 <= value <= highest:
             raise ValueError(f"{name} is {str(value)[:30]}, expected 0 to {highest:g}")
+        highest = math.inf  # of steps, which a restart can repeat
     if type(state["half_off"]) is not bool:
         raise ValueError("half_off is neither true nor false")
     seconds = state["seconds"]

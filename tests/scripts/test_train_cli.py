@@ -523,7 +523,7 @@ def test_single_precision_does_not_switch(tmp_path):
 def test_many_skipped_steps_end_the_run(tmp_path):
     with (poisoned := Poisoned(range(1, 10**6))).patch():
         result = invoke("train", *train_flags(teacher(), outdir=tmp_path, M=0, batch=1, total_kimg=0.5, num_steps=3))
-    result.refused(r"loss is not finite: \d+ steps skipped up to kimg .*--lr")
+    result.refused(r"loss is not finite, or its gradients: \d+ steps skipped up to kimg .*--lr")
     assert 20 <= len(poisoned.seen) <= 100
     assert not list(only_run(tmp_path).glob("*.safetensors"))
 

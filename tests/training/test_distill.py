@@ -249,3 +249,22 @@ def test_dropout_of_the_student_is_on_and_replaceable():
     assert not torch.equal(net.train()(x, 1.0), net(x, 1.0))
     net.set_dropout(0.0)
     assert torch.equal(net(x, 1.0), net(x, 1.0))
+
+
+def test_a_gradient_that_overflows_does_not_stop_its_weight():
+    """As a gradient of 1e5, it would stay in Adam's second moment: the weight moved by 0.0009 where 0.156 is right."""
+    distiller = make_distiller("sfd", lr=1e-3)
+    twin = make_distiller("sfd", lr=1e-3)
+    weight, other = distiller.trained[0], twin.trained[0]
+    start = weight.detach().clone()
+    for step in range(40):
+        for it in (distiller, twin):
+            for param in it.trained:
+                param.grad = torch.ones_like(param)
+        if step == 3:
+            weight.grad.view(-1)[0] = float("inf")
+        else:
+            twin._update(torch.ones(()))
+        distiller._update(torch.ones(()))
+    assert torch.equal(weight, other) and float((weight.detach() - start).abs().min()) > 0.9 * 39 * 1e-3
+    assert int(distiller.skipped) == 1 and int(distiller.bad_losses) == 0 and int(twin.skipped) == 0

@@ -626,7 +626,7 @@ def poisoned(place, iterations):
             states[-1, 0, 0, 0, 0] = float("nan")
             return states
         if place == "gradient":
-            self.trained[0].grad.view(-1)[0] = float("nan")
+            self.trained[0].grad.view(-1)[0] = float("inf")
             return inner(self, *args)
         return inner(self, args[0] * float("nan"))
 
@@ -634,7 +634,7 @@ def poisoned(place, iterations):
         yield
 
 
-@pytest.mark.parametrize("place, skipped", [("gradient", 0), ("teacher", 1), ("loss", 2)])
+@pytest.mark.parametrize("place, skipped", [("gradient", 2), ("teacher", 1), ("loss", 2)])
 def test_a_number_that_is_not_finite_costs_its_steps_alone(place, skipped, tmp_path):
     with poisoned(place, {2}):
         invoke("train", *train_flags(teacher(), outdir=tmp_path, M=0)).ok()
@@ -647,10 +647,30 @@ def test_an_overflow_just_before_a_kill_is_not_forgotten(tmp_path):
     args = train_flags(teacher(), outdir=tmp_path, precision="fp16", **NO_DUMPS)
     assert run_faulty("stop_at_five", args, tmp_path).code == 75
     path = only_run(tmp_path) / STATE
-    save_state(path, {**read_state(path), "skipped": 1, "seen_skips": 0})
+    save_state(path, {**read_state(path), "skipped": 1, "seen_skips": 0, "bad_losses": 1, "seen_bad_losses": 0})
     result = invoke("train", *args).ok()
     assert "not finite at kimg 0.048: continuing in float32" in result.output
     assert read_state(path)["half_off"] is True
+
+
+@pytest.mark.parametrize("iterations, switched", [({1, 2, 4, 5, 6}, False), ({1, 2, 3, 4, 5}, True)])
+def test_half_precision_outlives_single_overflows_of_gradients(iterations, switched, tmp_path):
+    with poisoned("gradient", iterations):
+        result = invoke("train", *train_flags(teacher(), outdir=tmp_path, M=0, precision="fp16")).ok()
+    assert ("Gradients of 5 iterations in a row were not finite" in result.output) == switched
+    last = json.loads((only_run(tmp_path) / STATS).read_text().splitlines()[-1])
+    assert last["skipped"] == 2 * len(iterations) and read_state(only_run(tmp_path) / STATE)["half_off"] is switched
+
+
+def test_states_of_older_versions_are_read(stopped, tmp_path):
+    folder, args, whole = stopped
+    run_dir = tmp_path / only_run(folder / "parts").name
+    shutil.copytree(only_run(folder / "parts"), run_dir)
+    state = read_state(run_dir / STATE)
+    newer = ("seen_skips", "bad_losses", "seen_bad_losses")
+    save_state(run_dir / STATE, {name: value for name, value in state.items() if name not in newer})
+    invoke("train", *args, f"--outdir={tmp_path}").ok()
+    assert same(weights(run_dir), whole)
 
 
 def test_too_little_memory_for_a_state_is_no_damage_of_it(stopped, tmp_path):
@@ -667,7 +687,7 @@ def test_too_little_memory_for_a_state_is_no_damage_of_it(stopped, tmp_path):
 def test_numbers_that_are_never_finite_end_the_run(place, tmp_path):
     with poisoned(place, range(10**6)):
         result = invoke("train", *train_flags(teacher(), outdir=tmp_path, M=0, batch=1, num_steps=3, tick=1))
-    result.refused(r"the loss is not finite: \d+ steps skipped")
+    result.refused(r"the loss is not finite, or its gradients: \d+ steps skipped")
     assert not list(only_run(tmp_path).glob("*.safetensors"))
 
 
