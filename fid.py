@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from models.sampling import SamplerOptions, open_sampler, plan_sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
+from torch_utils.image_writer import refuse_samples
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.kernel import kernel_distance
@@ -62,13 +64,15 @@ def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref:
 def parse_ints(context: click.Context | None, param: click.Parameter, value: str) -> list[int]:
     """`0` or `0,1,2` → integers without repetition."""
     parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise UserError(f"--{param.name}={value!r} does not parse; expected a list such as 0 or 0,1,2")
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts) or len(set(parts)) != len(parts):
+        raise UserError(f"--{param.name}={value[:80]!r} does not parse; expected a list such as 0 or 0,1,2")
     return [int(part) for part in parts]
 
 
 def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
+    if set(names) & {"prdc", *comparison.PRDC}:
+        raise UserError(f"--metrics={value!r}: precision, recall, density and coverage are computed by prdc.py calc")
     if not set(names) <= set(METRICS) or len(set(names)) != len(names):
         raise UserError(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
     return names
@@ -164,7 +168,7 @@ def main() -> None:
 @click.option("--seed", help="Choice of --num images; several make as many trials", metavar="LIST", default="0",
               callback=parse_ints)  # fmt: skip
 @click.option("--trials", help="Split the images, in the order of their names, into so many blocks (of --num)",
-              type=click.IntRange(min=1), default=1)  # fmt: skip
+              type=click.IntRange(1, 10000), default=1)  # fmt: skip
 @section("How")
 @metrics_option
 @detector_options
@@ -235,7 +239,9 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
 @solver_options
 @section("What to compare")
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
-@click.option("--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(min=1), default=1)
+@click.option(
+    "--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(1, 10000), default=1
+)
 @section("How")
 @metrics_option
 @detector_options
@@ -323,6 +329,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
                          detector=opts["detector"], precision=precision, device=str(device),
                          missing=missing_paths(ref))  # fmt: skip
     open_ref = open_reference(ref, statistics=False)
+    refuse_samples(place)
     distributed.on_first_rank(lambda: make_folder(place, "outdir"))
     student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
     rows = comparison.samplers(student, precision)

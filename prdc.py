@@ -73,13 +73,13 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
     source, open_ref = open_images(images), open_reference(images_ref, statistics=False)
     check(source)
     count = min(DEFAULT_NUM, len(source)) if num is None else num
-    if num is None and count < DEFAULT_NUM:
-        say(f"{images} has {count} images: all are used; compare the numbers only with those of {count} images")
     if count <= nearest_k:
         raise UserError(f"{images} has {count} images, too few for --nearest_k={nearest_k}")
     blocks = split_blocks(len(source), count, [seed], trials=1)
     if opts["dry_run"]:
         return show_plan(**plan | {"num": count}, detector=opts["detector"], found=len(source))
+    if num is None and count < DEFAULT_NUM:
+        say(f"{images} has {count} images: all are used; compare the numbers only with those of {count} images")
     extractor = open_extractor(opts, opts["features"])
     real_source = open_ref()
     if isinstance(real_source, StoredStatistics):

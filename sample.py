@@ -20,12 +20,12 @@ from dnnlib.options import Command, device_option, offline_option, precision_opt
 from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
-from torch_utils.image_writer import ImageWriter
+from torch_utils.image_writer import ImageWriter, refuse_samples
 from torch_utils.images import draw_grid, save_picture, square_rows
 from training.options import dry_run_option, sample_options, sampler_options, solver_options
 
-#: Height of a line of text in a picture, in pixels.
-LABEL = 16
+#: Pixels: height of a line of text in a picture, and the size up to which small images are enlarged.
+LABEL, TILE = 16, 64
 
 
 def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, writer: ImageWriter) -> int:
@@ -62,15 +62,19 @@ def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequen
     return sheet
 
 
+def enlarged(images: np.ndarray) -> int:
+    """By how much small images are scaled up to be seen, and to leave room for their labels."""
+    return max(1, TILE // images.shape[1])
+
+
 def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
-    """All images in one picture, `grid.png`; rows say which seeds they are of where there is room to."""
+    """All images in one picture, `grid.png`; rows say which seeds they are of."""
     images = sample_all(sampler, seeds, class_index, batch)
     make_folder(outdir, "outdir")
     rows = square_rows(images)
-    starts = range(0, len(seeds), len(rows[0]))
-    names = [f"{seeds[i]}–{seeds[min(i + len(rows[0]), len(seeds)) - 1]}" for i in starts]
-    picture = draw_sheet(rows, names, [], 1) if images.shape[1] >= LABEL else draw_grid(rows)
-    save_picture(picture, outdir / "grid.png")
+    parts = [seeds[i : i + len(rows[0])] for i in range(0, len(seeds), len(rows[0]))]
+    names = [f"seed {part[0]}" if len(part) == 1 else f"seeds {part[0]} to {part[-1]}" for part in parts]
+    save_picture(draw_sheet(rows, names, [], enlarged(images)), outdir / "grid.png")
     return outdir / "grid.png"
 
 
@@ -86,8 +90,8 @@ def write_comparison(
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
     make_folder(outdir, "outdir")
     labels = [f"{row.label}, NFE {row.sampler.nfe}" for row in rows]
-    scale = max(1, 64 // images[0].shape[1])
-    save_picture(draw_sheet(images, labels, [str(seed) for seed in seeds], scale), outdir / "compare.png")
+    columns = [f"seed {seed}" for seed in seeds]
+    save_picture(draw_sheet(images, labels, columns, enlarged(images[0])), outdir / "compare.png")
     lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
     lines += [
         f"| {row.label} | {row.sampler.nfe} | {distance:.4f} |" for row, distance in zip(rows, distances, strict=True)
@@ -101,8 +105,9 @@ def write_comparison(
 @sample_options
 @section("Where to")
 @click.option(
-    "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
-)
+    "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>, for pictures that name "
+    "and -pictures", metavar="DIR|ZIP"
+)  # fmt: skip
 @click.option("--subdirs", help="A sub-folder for every 1000 seeds", is_flag=True)
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
 @click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
@@ -141,12 +146,15 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     opened = open_sampler(model_path, dataset_name, options, device, PRECISIONS[precision])
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
-    outdir = Path(opts["outdir"] or f"./samples/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}")
+    # A picture among the samples would be one of the images that an evaluation counts.
+    beside = "-pictures" if opts["grid"] or opts["compare"] else ""
+    outdir = Path(opts["outdir"] or f"./samples/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}{beside}")
     if distributed.rank() == 0:
         click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")
     if opts["grid"] or opts["compare"]:
         if outdir.suffix == ".zip":
             raise UserError(f"--outdir={outdir} is an archive; a single picture needs a folder")
+        refuse_samples(outdir)
         # One picture is small work: rank 0 does it while the others wait.
         where = (seeds, class_index, opts["batch"], outdir)
         path = distributed.on_first_rank(

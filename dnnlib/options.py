@@ -94,3 +94,15 @@ class Group(_Documented, click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, no_args_is_help=False, **kwargs)  # no command is an error like others, in one line
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """An option in place of a command is answered with the commands that have it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name
+            owners = [c for c, command in self.commands.items() if any(name in param.opts for param in command.params)]
+            if not owners:
+                raise
+            right = f"{ctx.command_path} {'|'.join(owners)} {name}=…"
+            raise click.UsageError(f"{name} is an option of a command: {right}", ctx) from None

@@ -23,7 +23,15 @@ from .images import to_pil
 
 OPTIONS, LOCK = "sampling_options.json", ".lock"
 IMAGE_NAME = r"(img)?\d{6,}\.png"
+#: Pictures that this program writes for people; an evaluation would count them among the samples of a folder.
+PICTURES = ("grid.png", "compare.png", "metrics.png")
 PENDING_PER_THREAD = 64
+
+
+def refuse_samples(folder: Path) -> None:
+    """Refuse to write a picture among samples."""
+    if (folder / OPTIONS).exists():
+        raise UserError(f"{folder} holds samples, and would count a picture among them; choose another place", "outdir")
 
 
 class ImageWriter:
@@ -82,7 +90,7 @@ class ImageWriter:
             try:
                 saved = json.loads(path.read_text(encoding="utf-8"))
                 changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 raise UserError(f"{path} is not readable; choose another place", "outdir") from None
             if changed:
                 raise UserError(
@@ -90,6 +98,12 @@ class ImageWriter:
                 )
         elif any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png")):
             raise UserError(f"{self.folder} holds images that were not sampled here; choose another place", "outdir")
+        picture = next((name for name in PICTURES if (self.folder / name).exists()), None)
+        if picture is not None:
+            raise UserError(
+                f"{self.folder} holds {picture}, which would count as a sample; choose another place",
+                "outdir",
+            )
         write_text(path, json.dumps(options, indent=2) + "\n")
 
     def path(self, seed: int) -> Path:

@@ -138,9 +138,11 @@ record_options = combined(
 )  # fmt: skip
 dry_run_option = click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
 machine_options = combined(
-    click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64),
-    click.option("--workers", help="Processes that decode images, per process", type=click.IntRange(min=0), default=2),
+    click.option("--batch", help="Images at a time, per process", type=click.IntRange(1, 1 << 20), default=64),
+    click.option(
+        "--workers", help="Processes that decode images, per process", type=click.IntRange(0, 1024), default=2
+    ),
     device_option,
     offline_option,
     dry_run_option,
-)
+)  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch_utils.device import configure_backends, pick_device
 from .config import DistillConfig
 from .distill import Teacher, load_source
 from .evaluation.comparison import INSTALL_MATPLOTLIB, draw
+from .evaluation.records import read_records
 from .runs import STATS, read_options
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
@@ -76,23 +76,6 @@ def labels_of(places: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(place) for place in places]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line that was cut off when a process was killed is left out."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; there is nothing to plot yet")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON; remove it") from None
-    if not all(isinstance(record, dict) for record in found):
-        raise UserError(f"{path} does not hold one JSON object in every line")
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -100,7 +83,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_losses(run_dir: Path) -> dict[tuple[int, int], tuple[list[float], list[float]]]:
     """kimg and loss for every (num_steps, step) of a run's `stats.jsonl`; what was not finite is left out."""
     curves: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
-    for record in read_lines(run_dir / STATS):
+    for record in read_records(run_dir / STATS):
         for name, value in record.items():
             match = LOSS.fullmatch(name)
             if match and value is not None:
@@ -236,7 +219,7 @@ def read_distances(places: Sequence[Path], by: str) -> list[dict[str, Any]]:
     """Recorded results with a number of evaluations, or of a snapshot; the last of those that say the same."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for place, name in zip(places, labels_of(places)):
-        for record in read_lines(place / METRICS if place.is_dir() else place):
+        for record in read_records(place / METRICS if place.is_dir() else place):
             if by == "nfe" and "prdc" in record:
                 if record["label"] == "student" and len(places) > 1:
                     record["label"] = f"student {name}"

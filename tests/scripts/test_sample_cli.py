@@ -255,7 +255,7 @@ def test_grey_images(tmp_path):
     assert pixels("x", 0).shape == (8, 8)
     sample(path, seeds="0-3", outdir="g", num_steps=3, grid=True).ok()
     with Image.open("g/grid.png") as grid:
-        assert grid.size == (16, 16)
+        assert grid.size[1] == 128 and grid.size[0] > 128
 
 
 # --- NFE -------------------------------------------------------------------------------------------------------------
@@ -517,25 +517,41 @@ def test_zip_holds_the_seeds_that_were_asked_for_and_no_others(tmp_path):
 
 
 def test_grid(tmp_path):
+    """Images of 8 pixels are shown at 64, right of the labels of their rows."""
     sample(student(), seeds="0-5", outdir="x", grid=True).ok()
     sample(student(), seeds="0-5", outdir="flat").ok()
     with Image.open("x/grid.png") as grid:
-        tiles = np.array(grid)
-    assert tiles.shape == (16, 24, 3)
+        sheet = np.array(grid)
+    assert sheet.shape[0] == 128 and sheet.shape[1] > 3 * 64
+    labels, tiles = sheet[:, : -3 * 64], sheet[:, -3 * 64 :]
     for seed in range(6):
         row, column = divmod(seed, 3)
-        tile = tiles[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
-        assert np.array_equal(tile, pixels("flat", seed))
-    assert png_names("x") == ["grid.png"]
+        tile = tiles[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
+        assert np.array_equal(tile[::8, ::8], pixels("flat", seed))
+    assert (labels < 128).any() and png_names("x") == ["grid.png"]
 
 
-def test_images_can_follow_a_grid_in_the_default_folder(tmp_path):
-    """First a look, then the images, both without --outdir."""
-    sample(student(), seeds="0-3", grid=True).ok()
-    sample(student(), seeds="0-3").ok()
-    sample(student(), seeds="0-8", grid=True).ok()
-    assert len(list((tmp_path / "samples").rglob("0000*.png"))) == 4
-    assert len(list((tmp_path / "samples").rglob("grid.png"))) == 1
+def test_labels_of_pictures_are_in_the_font_that_draws_them(tmp_path, monkeypatch):
+    """Pillow's own font shows a box for what it does not have, a dash among it."""
+    texts = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, at, text, **more: texts.append(text))
+    sample(student(), seeds="0-5", outdir="x", grid=True).ok()
+    sample(student(), seeds="0-1", outdir="x", compare=True).ok()
+    assert texts[:2] == ["seeds 0 to 2", "seeds 3 to 5"] and texts[-2:] == ["seed 0", "seed 1"]
+    assert all(text.isascii() for text in texts)
+
+
+def test_pictures_are_not_among_the_samples(tmp_path):
+    """Whatever comes first, and with --outdir too; an evaluation of the folder counts the samples alone."""
+    for options in ({"grid": True}, {}, {"grid": True}, {"compare": True}):
+        sample(student(), seeds="0-3", **options).ok()
+    (folder,) = {path.parent for path in Path("samples").rglob("000000.png")}
+    assert len(ImageDataset(folder)) == 4
+    (pictures,) = {path.parent for path in Path("samples").rglob("grid.png")}
+    assert pictures == folder.with_name(folder.name + "-pictures") and (pictures / "compare.png").exists()
+    for options in ({"grid": True}, {"compare": True}):
+        sample(student(), seeds="0-3", outdir=folder, **options).refused("holds samples")
+    sample(student(), seeds="0-3", outdir=pictures).refused("holds (grid|compare).png")
 
 
 def test_grid_into_an_archive_is_refused(tmp_path):

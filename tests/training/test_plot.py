@@ -93,8 +93,8 @@ def test_a_line_that_was_cut_off_is_left_out():
 
 @pytest.mark.parametrize(
     "content, message",
-    [("", "holds no losses"), ("{}\n", "holds no losses"), ("7\n", "one JSON object"), ("x\n{}\n", "line 1 is not JSON"),
-     ("[" * 9999 + "\n{}\n", "line 1 is not JSON"), (None, "does not exist")],
+    [("", "holds no losses"), ("{}\n", "holds no losses"), ("7\n", "line 1 is not a JSON object"), ("x\n{}\n", "line 1 is not a JSON object"),
+     ("[" * 9999 + "\n{}\n", "line 1 is not a JSON object"), (None, "does not exist")],
 )  # fmt: skip
 def test_other_files_are_refused(content, message):
     Path("a").mkdir()
@@ -158,7 +158,9 @@ def test_the_plot_of_trajectories(figures):
     assert is_picture(Path("t.png")) and "Mean |student − teacher|" in result.output
     assert [axes.get_title() for axes in figures[0].axes] == ["seed 0", "seed 1", "mean |student − teacher|"]
     invoke("training.plot", run_dir, run_dir, "--trajectory").refused("of one run")
-    invoke("training.plot", run_dir, "--trajectory", "--num_steps=6").refused("num_steps=6")
+    invoke("training.plot", run_dir, "--trajectory", "--num_steps=6").refused(
+        "num_steps: the student was distilled for 4"
+    )
     invoke("training.plot", write_run("a", []), "--trajectory").refused("no readable training options")
 
 
@@ -230,14 +232,14 @@ def test_a_sheet_has_room_for_its_names_at_any_size(size, count):
     assert all(ink(sheet[:top, left + c * tile : left + (c + 1) * tile]) for c in range(count))
 
 
-def test_a_grid_of_images_that_are_large_enough_says_which_seeds_its_rows_are(monkeypatch):
+def test_a_grid_says_which_seeds_its_rows_are(monkeypatch):
     drawn = {}
     monkeypatch.setattr(sample, "sample_all", lambda *_: np.zeros([5, 16, 16, 3], np.uint8))
     monkeypatch.setattr(
         sample, "draw_sheet", lambda rows, names, *_: drawn.update(names=names) or draw_sheet(rows, names, [], 1)
     )
     sample.write_grid(None, [3, 4, 5, 9, 12], None, 1, Path("x"))
-    assert drawn["names"] == ["3–5", "9–12"]
+    assert drawn["names"] == ["seeds 3 to 5", "seeds 9 to 12"]
     assert is_picture_of(Path("x/grid.png"), minimum=32)
 
 

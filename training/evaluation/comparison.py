@@ -7,7 +7,6 @@ Every sampler makes the images of the same seeds, and is compared with the same 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from .extractor import Extractor
-from .records import append_records
+from .records import append_records, read_records
 from .sources import seeded_batches
 
 #: Numbers of steps at which solvers that need no training are shown.
@@ -100,8 +99,7 @@ def _recorded(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """The line of `out` with all of `key`, if there is one."""
     if not out.exists():
         return None
-    for line in out.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_records(out):
         if "prdc" in record and all(record.get(name) == value for name, value in key.items()):
             return record
     return None

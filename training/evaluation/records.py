@@ -1,4 +1,4 @@
-"""From a result to a line of `metrics.jsonl`."""
+"""Results as lines of `metrics.jsonl`: one JSON object each, appended all or nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from dnnlib import UserError
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line that was cut off when a process was killed is left out.
+
+    Raises:
+        UserError: no such file, or another line that is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; there are no results yet") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        elif number < len(lines) or record is not None:
+            raise UserError(f"{path}: line {number} is not a JSON object; remove it")
+    return found
+
 
 def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Append a JSON line for each record, with versions and the date: all of them or, on a full disk, none."""
@@ -22,9 +47,17 @@ def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     lines = "".join(json.dumps({**record, "versions": versions, "date": date}) + "\n" for record in records)
     with open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
+        if before and not _ends_in_newline(path):
+            lines = "\n" + lines  # the power failed in the middle of a line
         try:
             if file.write(lines.encode()) < len(lines.encode()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
             file.truncate(before)
             raise
+
+
+def _ends_in_newline(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
