@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import re
@@ -174,24 +175,16 @@ def test_defaults_of_a_teacher_are_in_the_help_of_its_options():
             assert default_of(param) is None and re.search(rf"default:? {shown}$", param.help or ""), field.name
 
 
-def test_the_flags_that_the_readme_lists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`-.+?) \| (.*?) ?\| ", text.split("## Flags of train.py")[1].split("\n## ")[0], re.M)
-    listed = {}
-    for names, cell in rows:
-        flags, values = re.findall(r"`(--[\w-]+)`", names), [part.strip() for part in cell.split(",")]
-        listed |= dict(zip(flags, values if len(values) == len(flags) else values * len(flags)))
-    assert listed.keys() == {long_name(param) for param in train.main.params}
-    for param in train.main.params:
-        value, default = listed[long_name(param)], default_of(param)
-        if default is None or param.is_flag:
-            assert not re.fullmatch(r"True|False|[\d.]+|\./exps", value) or param.name in ("desc", "nosubdir"), (
-                param.name
-            )
-        elif isinstance(default, (bool, str)):
-            assert value == str(default), param.name
-        else:
-            assert float(value) == default, param.name
+def test_the_page_of_flags_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    make_flags = importlib.import_module("make_flags")
+    assert {name.removeprefix("-m ") for name in make_flags.COMMANDS} == SCRIPTS.keys()
+    page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert page == make_flags.document(), "run python docs/make_flags.py"
+    for name, command in COMMANDS.items():
+        section = re.search(rf"^## python (?:-m )?{re.escape(name)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
+        listed = re.findall(r"^\| `(--[\w-]+)`", section, re.M)
+        assert listed == [long_name(param) for param in command.params if isinstance(param, click.Option)], name
 
 
 # --- Examples --------------------------------------------------------------------------------------------------------

@@ -293,6 +293,13 @@ def test_slurm_starts_the_same_command_on_every_node(batch, tmp_path):
     assert (tmp_path / "srun.txt").read_text().startswith("--kill-on-bad-exit=0 --wait=60 bash -c ")
 
 
+def test_the_slurm_script_outside_of_slurm_is_one_line(batch):
+    process = batch(REPORT, "cifar10", SLURM_JOB_ID="")
+    assert process.communicate(timeout=60)[0].startswith("Error: this is no Slurm job; submit it with sbatch ")
+    process = batch(REPORT)
+    assert process.communicate(timeout=60)[0].startswith("Error: usage: sbatch ") and process.returncode == 2
+
+
 @pytest.mark.parametrize(
     "number, extra, requeued",
     [

@@ -21,6 +21,10 @@ def test_ruff_finds_nothing():
     run_tool("ruff", "check", "--output-format=concise", ".")
 
 
+def test_ruff_would_format_nothing():
+    run_tool("ruff", "format", "--check", ".")
+
+
 @pytest.mark.skipif(torch.__version__.split("+")[0] != PINNED, reason=f"types are checked against torch {PINNED}")
 def test_mypy_finds_nothing():
     run_tool("mypy", "--no-error-summary")
