@@ -235,7 +235,7 @@ run_tests() {
     shift
   done
   [[ $NNODES = 1 ]] || fail "the tests are for one machine; leave NNODES=$NNODES out"
-  prepare tests/requirements.txt $TAMING pytorch-fid==0.3.0 torch-fidelity==0.4.0
+  prepare tests/requirements.txt $TAMING pytorch-fid==0.3.0 torch-fidelity==0.4.0 diffusers==0.42.1 importlib_metadata zipp
   set -- "$PYTHON" -m pytest -q ${only[@]+"${only[@]}"} "$@"
   say "$*"
   [[ -n $DRY_RUN ]] || "$@"

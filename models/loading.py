@@ -16,18 +16,24 @@ from torch import Tensor
 from dnnlib import UserError, first_line, need
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
+from .diffusers_precond import DiffusersPrecond
+from .diffusers_space import AnySpace, FolderSpace, read_space
 from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
 from .networks.edm2_unet import EDM2UNet
 from .networks.guided_unet import GuidedUNet
-from .noise import DiscreteNoise
+from .noise import HIGHEST, DiscreteNoise
 from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDM2Precond, EDMPrecond, Precond
-from .published.diffusers import is_stable_diffusion, read_stable_diffusion
+from .published.diffusers import is_folder, is_stable_diffusion, read_stable_diffusion
+from .published.diffusers_folder import open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
 from .published.state_dicts import FIRST_STAGE, TEXT, UNET
 from .published.torch_checkpoint import read_checkpoint
 from .registry import ROWS, DatasetSpec, fetch_weights, get_row
+
+#: The denoisers that a file may describe.
+DENOISERS: dict[str, type[Precond]] = {**PRECONDITIONERS, DiffusersPrecond.__name__: DiffusersPrecond}
 
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
@@ -70,12 +76,14 @@ def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
     """The network on the meta device; a description that is none is one clear line."""
     arguments = {name: value for name, value in spec.items() if name != "class"}
     name = spec.get("class")
-    if not isinstance(name, str) or name not in PRECONDITIONERS:
-        raise UserError(f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(PRECONDITIONERS)}")
-    _check_arguments(PRECONDITIONERS[name], arguments, source)
+    if not isinstance(name, str) or name not in DENOISERS:
+        raise UserError(f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(DENOISERS)}")
+    _check_arguments(DENOISERS[name], arguments, source)
     try:
         with torch.device("meta"):
-            return PRECONDITIONERS[name](**arguments)
+            return DENOISERS[name](**arguments)
+    except UserError as error:
+        raise UserError(f"{source} describes a network that is not covered: {error.message}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"{source} describes a network that cannot be built ({first_line(error)})") from None
 
@@ -144,15 +152,18 @@ def load_teacher(
 
     Args:
         dataset_name: a name of `models.registry`; None with `model_path` for a model of one's own.
-        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, or a pickle of EDM's training;
-            for a data set of Stable Diffusion also a folder of diffusers, or a checkpoint in the published layout.
+        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, a pickle of EDM's training, or
+            a folder of diffusers; for a data set of Stable Diffusion also a checkpoint in the published layout.
         device: where to put it.
         guide_path: a teacher of one's own that guidance leads away from, in place of this one without its condition.
 
     Raises:
         UserError: unknown name, unreadable file, one that is not what it should be, or a guide that does not fit.
     """
-    if model_path is not None and is_stable_diffusion(model_path):
+    latent: AnySpace | None
+    if model_path is not None and is_folder(model_path) and not _is_stable_diffusion(dataset_name):
+        net, latent, row = _read_folder(dataset_name, Path(model_path))
+    elif model_path is not None and is_stable_diffusion(model_path):
         row = _stable_diffusion_row(dataset_name, model_path)
         net, latent = _read_registered(row, Path(model_path))
     elif model_path is not None:
@@ -184,16 +195,52 @@ def read_guide(path: Path, net: Precond) -> Precond:
     return guide
 
 
+def _is_stable_diffusion(dataset_name: str | None) -> bool:
+    """Whether a data set's model is Stable Diffusion v1, whose folders are read without diffusers."""
+    return dataset_name in ROWS and ROWS[dataset_name].loader == "stable-diffusion"
+
+
 def _stable_diffusion_row(dataset_name: str | None, model_path: str | os.PathLike) -> DatasetSpec:
-    names = [row.name for row in ROWS.values() if row.loader == "stable-diffusion"]
-    if dataset_name not in names:
-        raise UserError(f"{model_path} is a Stable Diffusion model; name its data set, {names[0]}", "dataset_name")
+    if dataset_name is None or not _is_stable_diffusion(dataset_name):
+        name = next(name for name in ROWS if _is_stable_diffusion(name))
+        raise UserError(f"{model_path} is a Stable Diffusion model; name its data set, {name}", "dataset_name")
     return ROWS[dataset_name]
+
+
+def _read_folder(dataset_name: str | None, path: Path) -> tuple[Precond, FolderSpace | None, DatasetSpec]:
+    """The model in a folder of diffusers, by that package; with a `dataset_name`, it has to be of that size.
+
+    Sampling starts at its own highest noise level, or at `HIGHEST` where that is higher.
+    """
+    folder = open_folder(path)
+    if dataset_name in ROWS:
+        row, size = ROWS[dataset_name], folder.config["sample_size"]
+        expected = row.latent_resolution if folder.is_latent else row.resolution
+        if size != expected:
+            raise UserError(
+                f"{path} has states of {size}², {dataset_name} of {expected}²; leave it out", "dataset_name"
+            )
+    net, latent = read_denoiser(folder), read_space(folder)
+    spec = DatasetSpec(
+        dataset_name or own_name(path),
+        "file",
+        (str(path),),
+        net.img_resolution,
+        net.img_channels,
+        net.label_dim,
+        folder.family.sigma_min,
+        min(net.noise_schedule.sigma_max, HIGHEST),
+        text=net.context_dim is not None,
+        guidance_rate=folder.family.guidance_rate,
+    )
+    return net, latent, spec
 
 
 def own_name(model_path: str | os.PathLike) -> str:
     """What a teacher of one's own is called: as its file, or as its folder where `training.pretrain` named the file."""
     path = Path(model_path)
+    if path.is_dir():
+        return re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip(".-") or "folder"
     return path.resolve().parent.name if path.name == "teacher.safetensors" else path.stem
 
 
@@ -220,14 +267,18 @@ def read_published(row: DatasetSpec, own: Path | None = None) -> tuple[dict[str,
 
 def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:
     """Where a student's first stage and text encoder are, if its teacher was a Stable Diffusion model of the user."""
-    path, row = sampling.teacher_path, ROWS.get(sampling.dataset_name)
-    if path is None or row is None or row.loader != "stable-diffusion":
+    path = sampling.teacher_path
+    if path is None or not _is_stable_diffusion(sampling.dataset_name):
         return None
+    _check_there(path, source)
+    return Path(path) if is_stable_diffusion(path) else None
+
+
+def _check_there(path: str, source: str) -> None:
     if not Path(path).exists():
         raise UserError(
             f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed, put it back"
         )
-    return Path(path) if is_stable_diffusion(path) else None
 
 
 def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Precond:
@@ -281,6 +332,19 @@ def _latent_space(net: Precond, dataset_name: str, source: str, own: Path | None
             "expected one of a latent data set, whose published file decodes them"
         )
     return LatentSpace(row_config(row), lambda: read_published(row, own))
+
+
+def _folder_space(net: DiffusersPrecond, sampling: SamplingSettings, source: str) -> FolderSpace | None:
+    """What a student's network in a latent space needs besides, from its teacher's folder."""
+    if not net.is_latent:
+        return None
+    if sampling.teacher_path is None:
+        raise UserError(f"{source} is a student of a folder of diffusers, but does not say which; train it again")
+    _check_there(sampling.teacher_path, source)
+    folder = open_folder(sampling.teacher_path)
+    if (folder.module, folder.config["in_channels"]) != (net.init_kwargs["module"], net.img_channels):
+        raise UserError(f"{source} is a student of a {net.init_kwargs['module']}, {folder.path} holds another model")
+    return read_space(folder)
 
 
 def _read_own_teacher(path: Path) -> Precond:
@@ -342,7 +406,11 @@ def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") ->
     net = build_network(spec, tensors, str(path))
     if net.model.use_step_condition != sampling.use_step_condition:
         raise UserError(f"{path} contradicts itself: its network and its settings differ in use_step_condition")
-    latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
+    latent: AnySpace | None
+    if isinstance(net, DiffusersPrecond):
+        latent = _folder_space(net, sampling, str(path))
+    else:
+        latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
     model = Student(net, sampling, latent)
     try:
         sampling.schedule(model.noise_schedule)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dnnlib import UserError
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
 
+from .diffusers_space import AnySpace
 from .guidance import guided
-from .latent import LatentSpace
 from .precond import Precond
 
 #: The end of a line about a model that guidance cannot change.
@@ -139,7 +139,7 @@ class DiffusionModel(nn.Module):
         dataset_name: str,
         sigma_min: float,
         sigma_max: float,
-        latent: LatentSpace | None = None,
+        latent: AnySpace | None = None,
         guidance_rate: float = 1.0,
         guide: Precond | None = None,
     ) -> None:
@@ -280,7 +280,7 @@ class Student(DiffusionModel):
         sampling: what it was distilled for, and so is sampled with.
     """
 
-    def __init__(self, net: Precond, sampling: SamplingSettings, latent: LatentSpace | None = None) -> None:
+    def __init__(self, net: Precond, sampling: SamplingSettings, latent: AnySpace | None = None) -> None:
         s = sampling
         super().__init__(net, s.dataset_name, s.sigma_min, s.sigma_max, latent, s.plan.guidance_rate)
         self.sampling = sampling

@@ -21,7 +21,8 @@ from torch_utils.random import draw_classes, sample_generators, stacked_randn
 from .loading import find_student, is_teacher_file, load_student, load_teacher, read_sampling
 from .model import VARIABLE_STEPS, DiffusionModel, SamplingSettings, Student
 from .prompts import Prompts, choose_prompts
-from .published.diffusers import folder_digest, is_stable_diffusion
+from .published.diffusers import is_stable_diffusion
+from .published.diffusers_folder import folder_digest
 from .registry import get_row
 
 #: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.

@@ -12,7 +12,9 @@ import click
 from dnnlib import one_line_errors
 from dnnlib.options import Group, offline_option, section
 
+from ..diffusers_precond import DiffusersPrecond
 from .diffusers import to_diffusers
+from .folder import to_folder
 from .program import to_program
 from .student import open_student
 
@@ -42,13 +44,15 @@ def main() -> None:
 @main.command()
 @_options
 def diffusers(model_path: str, dest: Path, num_steps: int | None) -> None:
-    """A student of Stable Diffusion as a pipeline folder with its steps in the scheduler.
+    """A student of Stable Diffusion, or of any folder of diffusers, as a folder with its steps in the scheduler.
 
     \b
     Examples:
       python -m models.export diffusers --model_path=0 --dest=sd-student
     """
-    to_diffusers(open_student(model_path, num_steps), dest)
+    student = open_student(model_path, num_steps)
+    write = to_folder if isinstance(student.net, DiffusersPrecond) else to_diffusers
+    write(student, dest)
     click.echo(f"Pipeline: {dest}; how to sample it stands in {dest / 'README.md'}")
 
 

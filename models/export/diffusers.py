@@ -44,7 +44,7 @@ TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def to_diffusers(student: OpenedStudent, dest: Path) -> None:
-    """Write a student of Stable Diffusion as a folder of diffusers."""
+    """Write a student of Stable Diffusion as a folder of diffusers; it is `to_folder` for those of such a folder."""
     net, name = student.net, student.model.dataset_name
     if not isinstance(net, CFGPrecond) or not student.model.has_text:
         raise UserError(
@@ -125,10 +125,10 @@ def write_pipeline(pipeline: Pipeline, dest: Path) -> None:
     temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
     try:
         _write_networks(pipeline, temporary)
-        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(pipeline))
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(pipeline))
         _write_tokenizer(pipeline, temporary / "tokenizer")
-        _write_json(temporary / "model_index.json", _index())
-        _write_json(temporary / "sfd.json", _record(pipeline))
+        write_json(temporary / "model_index.json", _index())
+        write_json(temporary / "sfd.json", _record(pipeline))
         write_text(temporary / "README.md", _readme(pipeline, dest.name))
         temporary.rename(dest)
     finally:
@@ -156,7 +156,7 @@ def _write_networks(pipeline: Pipeline, folder: Path) -> None:
     }  # fmt: skip
     for name, tensors in {"unet": unet, "vae": vae, "text_encoder": text}.items():
         (folder / name).mkdir(parents=True)
-        _write_json(folder / name / "config.json", configs[name])
+        write_json(folder / name / "config.json", configs[name])
         tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in tensors.items()}
         save_file(tensors, str(folder / name / (WEIGHTS[name] + SUFFIXES[0])), metadata={"format": "pt"})
 
@@ -169,7 +169,7 @@ def _write_tokenizer(pipeline: Pipeline, folder: Path) -> None:
             shutil.copyfile(pipeline.tokenizer / name, folder / name)
     settings = read_json(folder / TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
     length = (pipeline.config.get("text") or VIT_L_14)["max_position_embeddings"]
-    _write_json(
+    write_json(
         folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     )
 
@@ -315,6 +315,6 @@ decoder's scaling factor, carry a factor of {pipeline.scale:.6f}. There is no sa
 """
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=2) + "\n")

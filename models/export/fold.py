@@ -6,7 +6,8 @@ modulates by noise level, h (1 + s) + b being that layer's:
     (h (1 + s) + b)(1 + s') + b' = h (1 + [s (1 + s') + s']) + [b (1 + s') + b']
 
 so a student of several NFEs is exported for one of them, exactly. EDM2's step condition is a part of the embedding, to
-which the exported network adds a constant.
+which the exported network adds a constant. Networks of diffusers add one behind the layers that embed the noise level,
+and it goes into their bias.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..diffusers_precond import DiffusersPrecond
 from ..networks.edm2_unet import EDM2UNet
 from ..networks.guided_unet import ResBlock
 from ..networks.layers import UNetBlock
@@ -25,6 +27,11 @@ def fold_step_condition(net: Precond, num_steps: int) -> Precond:
     """The network without step-condition layers that gives what `net` gives when told `num_steps`."""
     folded = type(net)(**{**net.init_kwargs, "use_step_condition": False})
     state = {name: tensor.clone() for name, tensor in net.state_dict().items() if name in folded.state_dict()}
+    if isinstance(net, DiffusersPrecond):
+        vectors = net.model.step_vectors(torch.tensor(float(num_steps)))
+        for name, vector in zip(net.model.time_embeddings(), vectors):
+            state[f"model.net.{name}.linear_2.bias"] += vector[0]
+        return _filled(folded, state, net)
     embedded = net.model.embed_steps(torch.tensor([float(num_steps)]), 1)
     if isinstance(folded.model, EDM2UNet):
         folded.model.step_shift = embedded
@@ -34,6 +41,10 @@ def fold_step_condition(net: Precond, num_steps: int) -> Precond:
             _modulate(state, f"{name}.emb_layers.1", modulation, block.use_scale_shift_norm)
         elif isinstance(block, UNetBlock) and block.affine_step is not None:
             _modulate(state, f"{name}.affine", block.affine_step(embedded)[0], block.adaptive_scale)
+    return _filled(folded, state, net)
+
+
+def _filled(folded: Precond, state: dict[str, Tensor], net: Precond) -> Precond:
     folded.load_state_dict(state)
     folded.compute_dtype = net.compute_dtype
     return folded.eval().requires_grad_(False)

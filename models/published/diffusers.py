@@ -7,7 +7,6 @@ the first stage has matrices in place of 1×1 convolutions. JSON files beside th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dnnlib import UserError, sha256_of
+from dnnlib import UserError
 
 from ..networks.autoencoders import KLAutoencoder
 from ..precond import CFGPrecond
@@ -37,11 +36,18 @@ TORCH_WEIGHTS = "pytorch_model.bin"
 POSITIONS = "text_model.embeddings.position_ids"
 
 
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder of diffusers: of a pipeline, or of a network with its scheduler beside it."""
+    path = Path(path)
+    names = ("model_index.json", "unet/config.json", "transformer/config.json", "scheduler_config.json")
+    return any((path / name).is_file() for name in names)
+
+
 def is_stable_diffusion(path: str | os.PathLike) -> bool:
     """Whether `path` is a folder of diffusers, or a checkpoint in the layout in which Stable Diffusion is published."""
     path = Path(path)
     if path.is_dir():
-        return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
+        return is_folder(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return path.suffix == ".ckpt"
     try:
@@ -103,12 +109,6 @@ def _weights_file(folder: Path, part: str) -> Path:
         if (folder / part / name).is_file():
             return folder / part / name
     raise UserError(f"{folder / part} holds no {names[0]}; expected a complete folder of diffusers")
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the weights of all components."""
-    digests = [sha256_of(_weights_file(folder, part)) for part in WEIGHTS]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _check_folder(folder: Path, config: Mapping[str, Any]) -> None:

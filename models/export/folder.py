@@ -1,0 +1,196 @@
+"""A student of a diffusers folder as a folder that the stock pipeline runs, with our steps in a stock scheduler.
+
+**Steps.** `DDIMScheduler` holds y = x / √(1 + σ²) and takes y to x_0 + σ' n, both predicted, again divided by
+√(1 + σ'²): that is our Euler step. Its `trained_betas` make a table with r entries for each step. Every r-th is a noise
+level of ours, and the first one is that where the last step ends; with `timestep_spacing="trailing"` and K steps it
+visits exactly these.
+
+**Scale.** The analytical first step only scales the noise n, x_1 = a n, and a pipeline starts at y_1 = n. So it holds
+g y with g = √(1 + σ_1²) / a: the weights of the first layer are divided by g, the last layer is multiplied by g, and so
+is the decoder's scale (with 1 / √(1 + σ²) of the last level, as it expects x). In pixel space images stay g y.
+
+**Times.** The scheduler tells the network the K positions k_i in its table rather than our times τ_i. Both are embedded
+by a fixed e(·), with more features than there are steps, so one matrix does for all of them: the layer W behind becomes
+W + W (E_τ − E_k) E_k⁺, with which W' e(k_i) = W e(τ_i).
+
+The vectors of a step-conditioned student are in the biases of the layers that embed the noise level, see `fold`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dnnlib import UserError, make_folder, write_text
+
+from ..diffusers_precond import DiffusersPrecond
+from ..diffusers_space import read_scale
+from ..published.diffusers import read_json
+from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, Folder, open_folder
+from .diffusers import VERSION, write_json
+from .student import OpenedStudent
+
+#: Entries of the scheduler's table for each step, so that float32 holds each ratio of neighbours well.
+ENTRIES = 64
+#: How far the exported network may be from ours, beside its largest output; float32 rounding is some 1e-6.
+TOLERANCE = 1e-4
+
+
+def to_folder(student: OpenedStudent, dest: Path) -> None:
+    """Write the folder, all or nothing; `dest` must not exist.
+
+    Raises:
+        UserError: it exists, cannot be written, or the network has no such form.
+    """
+    if dest.exists():
+        raise UserError(f"{dest} exists; choose a new folder", "dest")
+    net = student.net
+    assert isinstance(net, DiffusersPrecond)
+    if net.label_dim and not net.is_latent:
+        raise UserError(f"{student.path} has classes and pixels, for which diffusers has no pipeline; use `program`")
+    teacher = open_folder(str(student.model.sampling.teacher_path)) if net.is_latent else None
+    network = stock_network(student)
+    make_folder(dest.parent, "dest")
+    temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
+    try:
+        part = net.model.family.part
+        config = {"_class_name": net.init_kwargs["module"], "_diffusers_version": VERSION, **net.init_kwargs["config"]}
+        write_json(temporary / part / "config.json", config)
+        tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(tensors, str(temporary / part / f"{NETWORK_WEIGHTS}.safetensors"), metadata={"format": "pt"})
+        write_json(temporary / "scheduler" / "scheduler_config.json", ddim_config(student))
+        index = {"_class_name": "DDIMPipeline"} if teacher is None else _copy_rest(student, teacher, temporary)
+        index |= {"_diffusers_version": VERSION, part: ["diffusers", net.init_kwargs["module"]]}
+        write_json(temporary / "model_index.json", {**index, "scheduler": ["diffusers", "DDIMScheduler"]})
+        record = {**student.record(), "state_scale": state_scale(student), "guidance_scale": _guidance(student)}
+        write_json(temporary / EXPORTED, record)
+        write_text(temporary / "README.md", _readme(student, dest.name, str(index["_class_name"])))
+        temporary.rename(dest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def state_scale(student: OpenedStudent) -> float:
+    """g."""
+    return math.sqrt(1 + float(student.steps[0]) ** 2) / student.initial_scale
+
+
+def told_times(student: OpenedStudent) -> Tensor:
+    """k_i: what the scheduler tells the network at its steps, int64 `[K]`."""
+    return torch.arange(len(student.steps) - 1, 0, -1) * ENTRIES - 1
+
+
+def ddim_config(student: OpenedStudent) -> dict[str, Any]:
+    """The scheduler's configuration."""
+    places = [*told_times(student).tolist(), 0]
+    levels = (-torch.log1p(student.steps.square())).tolist()  # log ᾱ
+    table = np.interp(np.arange(places[0] + 1), places[::-1], levels[::-1])
+    betas = -np.expm1(np.diff(table, prepend=0.0))
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": len(table),
+        "trained_betas": betas.tolist(),
+        "prediction_type": student.net.init_kwargs["noise"]["prediction_type"],
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "steps_offset": 1,  # unused, but pipelines of Stable Diffusion ask for it
+    }
+
+
+@torch.no_grad()
+def stock_network(student: OpenedStudent) -> nn.Module:
+    """The module of diffusers that does in the pipeline what the student's network does here.
+
+    Raises:
+        UserError: it does something else.
+    """
+    net: Any = student.net
+    folded = type(net)(**net.init_kwargs)
+    folded.load_state_dict(net.state_dict())
+    network, g = folded.model.net.eval().requires_grad_(False), state_scale(student)
+    network.get_submodule(net.model.family.first).weight.div_(g)
+    for parameter in network.get_submodule(net.model.family.last).parameters():
+        parameter.mul_(g)
+    sigmas, told = student.steps[:-1], told_times(student)
+    own = net.noise_schedule.step(sigmas.float())
+    for name, layer in folded.model.time_embeddings().items():
+        embed = network.get_submodule(name.rpartition(".")[0]).time_proj
+        weight, target, place = (t.double() for t in (layer.linear_1.weight, embed(own).T, embed(told).T))
+        layer.linear_1.weight.copy_(weight + weight @ (target - place) @ torch.linalg.pinv(place))
+    _check(student, folded)
+    return network
+
+
+def _check(student: OpenedStudent, folded: DiffusersPrecond) -> None:
+    """Compare the networks at the first and the last step."""
+    net: Any = student.net
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randn(1, *student.model.shape, generator=rng)
+    cond = net.example_condition(1, y.device)
+    g, sigmas, told = state_scale(student), student.steps[:-1].float(), told_times(student)
+    for i in {0, len(told) - 1}:
+        expected = g * net.model(y, net.noise_schedule.step(sigmas[i : i + 1]), cond)
+        found = folded.model(g * y, told[i : i + 1].float(), cond)
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error < TOLERANCE:
+            raise UserError(f"{student.path} has a network that cannot be told our steps (it is off by {error:.1g})")
+
+
+def _copy_rest(student: OpenedStudent, teacher: Folder, dest: Path) -> dict[str, Any]:
+    """Autoencoder, text encoders and tokenizers of the teacher's folder; what its index says of them."""
+    given = teacher.index()
+    index: dict[str, Any] = {"_class_name": given.get("_class_name")}
+    for name, kind in given.items():
+        is_part = isinstance(kind, list) and re.fullmatch(r"vae|(text_encoder|tokenizer)(_\d)?", name)
+        if is_part and (teacher.path / name).is_dir():
+            names = shutil.ignore_patterns("*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.py")
+            shutil.copytree(teacher.path / name, dest / name, ignore=names)
+            index[name] = kind
+        elif name in ("id2label", "force_zeros_for_empty_prompt"):
+            index[name] = kind
+    config = read_json(dest / "vae" / "config.json")
+    scale = state_scale(student) / math.sqrt(1 + float(student.steps[-1]) ** 2)
+    config["scaling_factor"] = read_scale(config) * scale
+    write_json(dest / "vae" / "config.json", config)
+    return index
+
+
+def _guidance(student: OpenedStudent) -> float:
+    return student.sampler.plan.guidance_rate
+
+
+def _readme(student: OpenedStudent, name: str, pipeline: str) -> str:
+    count, rate = len(student.steps) - 1, _guidance(student)
+    arguments = f"num_inference_steps={count}"
+    if student.net.context_dim is not None:
+        arguments = f'"a photo of a cat", {arguments}, guidance_scale={rate:g}'
+    elif student.net.label_dim:
+        arguments = f"class_labels=[0], {arguments}, guidance_scale={rate:g}"
+    return f"""---
+library_name: diffusers
+---
+A student of {student.model.dataset_name}, distilled by Simple and Fast Distillation (arXiv 2409.19681) for {count}
+evaluations of the network (twice that with guidance), exported for diffusers. Licence of the weights:
+{student.licence}.
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{name}")
+image = pipe({arguments}).images[0]
+```
+
+Keep the scheduler and the number of steps: noise levels, times and the analytical first step are folded into both. The
+states of the pipeline are {state_scale(student):.6f} times those of the student.
+"""

@@ -1,0 +1,344 @@
+"""Denoisers of diffusers: the mapping to D(x; σ) beside the package's own schedulers, folders, students, exports."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers_folders import UNET, package, randomised, relative, write_unet
+from safetensors.torch import load_file, save_file
+from tiny import SAMPLE, TRAIN, Patches, flags, invoke, only_run, png_names, write_images
+
+from dnnlib import UserError
+from models.diffusers_precond import DiffusersPrecond
+from models.export.folder import state_scale
+from models.export.student import open_student
+from models.loading import load_student, load_teacher
+from models.noise import DiscreteNoise, FlowNoise, TableNoise, alpha_table, betas
+from models.published.diffusers_folder import open_folder, read_noise
+from solvers import get_solver, solve
+from torch_utils.checkpoint import read_network, save_network
+from training.config import DistillConfig
+from training.cost import run_cost
+
+TABLE = dict(
+    prediction_type="epsilon", num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
+    trained_betas=None, rescale_betas_zero_snr=False,
+)  # fmt: skip
+#: Four short iterations.
+SHORT = dict(total_kimg=0.016, batch=4, M=0, tick=0.016, lr=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# --- Noise levels ----------------------------------------------------------------------------------------------------
+
+
+def test_betas_of_every_name():
+    for name in ("linear", "scaled_linear", "sigmoid"):
+        values = betas(name, 1e-4, 0.02, 1000)
+        assert (values.diff() > 0).all() and len(values) == 1000
+    assert float(betas("linear", 0.1, 0.3, 3)[1]) == pytest.approx(0.2)
+    assert float(betas("scaled_linear", 0.01, 0.09, 3)[1]) == pytest.approx(0.04)  # the mean of the roots is 0.2
+    assert float(betas("sigmoid", 0.0, 1.0, 3)[1]) == pytest.approx(0.5)
+    cosine = alpha_table(betas("squaredcos_cap_v2", 0, 0, 1000))
+    times = (torch.arange(1, 1000, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2
+    start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(cosine[:-1], times.cos().square() / start, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="beta_schedule 'quadratic'"):
+        betas("quadratic", 0, 1, 10)
+
+
+def test_a_table_without_signal_at_its_end_is_cut():
+    plain, stretched = (alpha_table(betas("linear", 1e-4, 0.02, 1000), zero_snr) for zero_snr in (False, True))
+    assert len(plain) == 1000 and len(stretched) == 999
+    assert float(stretched[0]) == pytest.approx(float(plain[0])) and (stretched[1:] < plain[1:999]).all()
+    noise = TableNoise(stretched)
+    sigmas = torch.tensor([80.0, 1.0, 0.02], dtype=torch.float64)
+    torch.testing.assert_close(noise.sigma(noise.sigma_inv(sigmas)), sigmas, rtol=1e-9, atol=0)
+    assert float(noise.step(torch.tensor([noise.sigma_max]))) == pytest.approx(998, abs=1e-2)
+
+
+def test_a_table_is_that_of_stable_diffusion():
+    own = DiscreteNoise(0.00085, 0.012, 1000)
+    assert torch.equal(own.alphas_cumprod, alpha_table(betas("scaled_linear", 0.00085, 0.012, 1000)))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_time_of_a_flow(shift):
+    noise, even = FlowNoise(shift, 1000), torch.tensor([0.999, 0.5, 0.01], dtype=torch.float64)
+    moved = shift * even / (1 + (shift - 1) * even)
+    torch.testing.assert_close(noise.sigma(even), moved / (1 - moved), rtol=1e-9, atol=0)
+    torch.testing.assert_close(noise.sigma_inv(noise.sigma(even)), even, rtol=1e-9, atol=0)
+    torch.testing.assert_close(noise.step(noise.sigma(even)).double(), 1000 * moved, rtol=1e-6, atol=0)
+
+
+# --- The mapping -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_euler_steps_are_those_of_ddim(prediction, schedule, zero_snr):
+    changes = dict(prediction_type=prediction, beta_schedule=schedule, rescale_betas_zero_snr=zero_snr)
+    scheduler = package().DDIMScheduler(clip_sample=False, timestep_spacing="leading", **changes)
+    scheduler.set_timesteps(5)
+    net = DiffusersPrecond("UNet2DModel", UNET, {**TABLE, **changes}).eval()
+    randomised(net.model.net)
+    levels = net.noise_schedule.alphas_cumprod
+    assert relative(levels.float(), scheduler.alphas_cumprod[: len(levels)]) < 1e-5
+    sigmas = ((1 - levels) / levels).sqrt()[scheduler.timesteps]
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps[:-1]:
+            expected = scheduler.step(net.model.net(expected, t).sample, t, expected).prev_sample
+        found = solve(get_solver("euler"), net, noise * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)[-1]
+    assert relative(found / (1 + float(sigmas[-1]) ** 2) ** 0.5, expected) < 2e-5
+
+
+def test_half_precision_stays_in_the_core():
+    package()
+    net = DiffusersPrecond("UNet2DModel", UNET, TABLE).eval().requires_grad_(False)
+    randomised(net.model.net)
+    x = torch.randn(2, 3, 8, 8) * 5
+    exact = net(x, 5.0)
+    net.compute_dtype = torch.bfloat16
+    found = net(x, 5.0)
+    assert found.dtype == torch.float32 and 0 < relative(found, exact) < 0.05
+
+
+def test_a_step_condition_starts_at_nothing_and_copies_have_their_own():
+    package()
+    net = DiffusersPrecond("UNet2DModel", UNET, TABLE, use_step_condition=True).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(net(x, 2.0, step_condition=4.0), net(x, 2.0))
+    other = copy.deepcopy(net)
+    randomised(other.model.step_condition)
+    four, six = (other(x, 2.0, step_condition=steps) for steps in (4.0, 6.0))
+    assert not torch.equal(four, six) and torch.equal(other(x, 2.0), net(x, 2.0, step_condition=4.0))
+    rows = other(x, 2.0, step_condition=torch.tensor([4.0, 6.0]))
+    torch.testing.assert_close(rows, torch.stack([four[0], six[1]]))
+
+
+def test_classes_without_one_for_none():
+    package()
+    net = DiffusersPrecond("UNet2DModel", {**UNET, "num_class_embeds": 3}, TABLE).eval().requires_grad_(False)
+    randomised(net.model.net)
+    x, labels = torch.randn(2, 3, 8, 8), torch.eye(3)[[2, 0]]
+    times = net.noise_schedule.step(torch.tensor([2.0, 2.0]))
+    expected = x - 2 * net.model.net(x / 5**0.5, times, class_labels=torch.tensor([2, 0])).sample
+    torch.testing.assert_close(net(x, 2.0, labels), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no class for none"):
+        net(x, 2.0)
+
+
+# --- From a folder to a student --------------------------------------------------------------------------------------
+
+
+def test_folders_are_read_without_change():
+    folder = write_unet(Path("ddpm"), dict(beta_schedule="squaredcos_cap_v2"))
+    teacher = load_teacher(None, folder)
+    state = package().UNet2DModel.from_pretrained(folder / "unet").state_dict()
+    assert {name.removeprefix("model.net."): t for name, t in teacher.net.state_dict().items()}.keys() == state.keys()
+    assert all(torch.equal(teacher.net.state_dict()[f"model.net.{name}"], t) for name, t in state.items())
+    assert (teacher.dataset_name, teacher.shape) == ("ddpm", (3, 8, 8))
+    assert (teacher.sigma_min, teacher.sigma_max) == (0.01, 80.0)
+
+
+def test_flat_folders_old_names_and_shards():
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    expected = load_teacher(None, write_unet(Path("ddpm"))).net.state_dict()
+    flat = write_unet(Path("flat"), flat=True)
+    weights = flat / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    for new, old in names.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, weights)
+    sharded = write_unet(Path("sharded"))
+    unet = package().UNet2DModel.from_pretrained(sharded / "unet")
+    (sharded / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(sharded / "unet", max_shard_size="50KB")
+    assert len(list((sharded / "unet").glob("*.safetensors"))) > 1
+    for folder in (flat, sharded):
+        found = load_teacher(None, folder).net.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def train(folder: Path, **changes) -> Path:
+    """The run directory of a student."""
+    invoke("train", *flags(TRAIN, SHORT, dict(model_path=folder, outdir="runs"), changes)).ok()
+    return only_run(Path("runs"))
+
+
+def our_states(student, noise, cond=None):
+    """States of our sampler, from the first that evaluates the network on."""
+    sampler, plan = student.sampler, student.sampler.plan
+    with torch.no_grad():
+        denoise = student.model.denoiser(cond, plan.guidance_rate, sampler.step_condition)
+        states = solve(plan.solver, denoise, noise * student.model.sigma_max, sampler.sigmas, plan.afs)
+    return states[int(plan.afs) :]
+
+
+def their_states(pipe, **arguments):
+    """States of a pipeline, and its images."""
+    states, step = [], pipe.scheduler.__class__.step
+    pipe.set_progress_bar_config(disable=True)
+
+    def recorded(self, output, t, sample, **kwargs):
+        if not states:
+            states.append(sample)
+        result = step(self, output, t, sample, **{**kwargs, "return_dict": True})
+        states.append(result.prev_sample)
+        return result if kwargs.get("return_dict", True) else (result.prev_sample,)
+
+    pipe.scheduler.__class__.step = recorded
+    try:
+        images = pipe(**arguments, output_type="pt").images
+    finally:
+        pipe.scheduler.__class__.step = step
+    return torch.stack(states), images
+
+
+@pytest.mark.parametrize("variable, afs", [(False, True), (True, True), (False, False)], ids=["sfd", "sfd-v", "no afs"])
+def test_from_a_folder_to_images_and_back(variable, afs):
+    """train.py, sample.py, fid.py and export of a UNet2DModel, and the stock pipeline beside our sampler."""
+    folder = write_unet(Path("ddpm"))
+    run_dir = train(folder, use_step_condition=variable, afs=afs)
+    folder.rename("elsewhere")  # a student of pixels needs nothing of it
+    invoke("sample", *flags(SAMPLE, dict(model_path=run_dir, seeds="0-1", outdir="out"))).ok()
+    assert png_names(Path("out")) == ["000000.png", "000001.png"]
+    invoke("models.export", "diffusers", *flags(dict(model_path=run_dir, dest="exported"))).ok()
+    student = open_student(str(run_dir))
+    pipe = package().DDIMPipeline.from_pretrained("exported")
+    count, seed = len(student.steps) - 1, torch.Generator().manual_seed
+    states, images = their_states(pipe, batch_size=3, generator=seed(5), num_inference_steps=count)
+    ours = our_states(student, torch.randn(3, 3, 8, 8, generator=seed(5)))
+    scale = state_scale(student) / (1 + student.steps.float() ** 2).sqrt()
+    assert relative(states, ours * scale[:, None, None, None, None]) < 5e-6
+    expected = (ours[-1] / 2 + 0.5).clamp(0, 1)
+    assert (images - expected).abs().max() < abs(float(scale[-1]) - 1) + 1e-5 < (0.004 if afs else 1e-3)
+    invoke("train", *flags(TRAIN, dict(model_path="exported"))).refused("exported from a student")
+
+
+def test_teachers_are_sampled_and_measured():
+    folder = write_unet(Path("ddpm"))
+    many = dict(model_path=folder, seeds="0-7", num_steps=3, solver="euler")
+    invoke("sample", *flags(SAMPLE, many, outdir="out")).ok()
+    measured = invoke("sample", *flags(SAMPLE, many, outdir="again"), "--dry-run").ok()
+    assert '"nfe": 2' in measured.output
+    plan = invoke("train", *flags(TRAIN, dict(model_path=folder, use_step_condition=True)), "--dry-run").ok()
+    assert "NFE 2to5" in plan.output
+    cost = run_cost(DistillConfig("ddpm", model_path=str(folder), precision="fp16"), load_teacher(None, folder).net, 4)
+    assert cost.flops > 1e5 and cost.memory > 1e5
+    torch.jit.script(Patches()).save("patches.pt")
+    write_images(Path("real"), 8)
+    gen = dict(many, ref="real", detector="patches.pt", device="cpu", precision="fp32")
+    invoke("fid", "gen", *flags(gen), "--detector-runs-code").ok()
+    assert json.loads(Path("metrics.jsonl").read_text())["N"] == 8
+    assert invoke("sample", *flags(SAMPLE, many, guidance_rate=2)).refused("guidance_rate")
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def _change(file: str, **changes):
+    def damage(folder):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def _to_pickle(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+
+def _one_shard(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(weights.with_name("one.safetensors"))
+
+
+def _outside(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+UNET_FILE, SCHEDULER_FILE = "unet/config.json", "scheduler/scheduler_config.json"
+DAMAGES = [
+    (_change(UNET_FILE, _class_name="os.system"), "of class 'os.system'; expected UNet2DModel"),
+    (_change(UNET_FILE, _class_name=["UNet2DModel"]), "of class"),
+    (_change(UNET_FILE, time_embedding_type="fourier"), "time_embedding_type 'fourier'; expected positional"),
+    (_change(UNET_FILE, sample_size=[8, 16]), "sample_size"),
+    (_change(UNET_FILE, layers_per_block=10**9), "layers_per_block 1000000000, which is out of range"),
+    (_change(UNET_FILE, block_out_channels=[16] * 99), "99 entries"),
+    (_change(UNET_FILE, block_out_channels=[16, 64]), "does not fit the network"),
+    (_change(UNET_FILE, down_block_types=["DownBlock2D", "Nothing"]), "cannot be built"),
+    (_change(SCHEDULER_FILE, _class_name="MyScheduler"), "of class 'MyScheduler'; expected one of DDPMScheduler"),
+    (_change(SCHEDULER_FILE, _class_name="FlowMatchEulerDiscreteScheduler"), "does not belong to a UNet2DModel"),
+    (_change(SCHEDULER_FILE, prediction_type="score"), "prediction_type 'score'; expected epsilon"),
+    (_change(SCHEDULER_FILE, beta_schedule="cubic"), "beta_schedule 'cubic'"),
+    (_change(SCHEDULER_FILE, beta_end=7), "no usable noise schedule"),
+    (_change(SCHEDULER_FILE, trained_betas=[0.1, 0.2]), "trained_betas"),
+    (_change(SCHEDULER_FILE, num_train_timesteps="many"), "num_train_timesteps many"),
+    (lambda f: (f / SCHEDULER_FILE).unlink(), "holds no scheduler/scheduler_config.json"),
+    (lambda f: (f / SCHEDULER_FILE).write_text("[" * 9999), "not a JSON object"),
+    (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"{}"), "cannot be read"),
+    (_to_pickle, "diffusion_pytorch_model.bin, a pickle, .* save_pretrained"),
+    (_one_shard, "lacks two.safetensors, one of 2 files"),
+    (_outside, "does not list files of weights"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES)
+def test_other_folders_are_refused(damage, message):
+    folder = write_unet(Path("ddpm"))
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_teacher(None, folder)
+    assert "\n" not in error.value.message
+
+
+def test_a_name_of_another_size_is_refused():
+    with pytest.raises(UserError, match="states of 8², cifar10 of 32²; leave it out"):
+        load_teacher("cifar10", write_unet(Path("ddpm")))
+
+
+def test_students_that_describe_nothing_are_refused():
+    run_dir = train(write_unet(Path("ddpm")))
+    path = max(run_dir.glob("*.safetensors"))
+    tensors, settings = read_network(path)
+    for change, message in (
+        (dict(module="nn.Module"), "of class 'nn.Module'"),
+        (dict(config={**UNET, "layers_per_block": 10**8}), "out of range"),
+        (dict(config=7), "cannot be built"),
+        (dict(noise={**TABLE, "prediction_type": "flow", "shift": 1.0}), "belong to different models"),
+        (dict(noise=[]), "cannot be built"),
+    ):
+        save_network("bad.safetensors", tensors, {**settings, "network": {**settings["network"], **change}})
+        with pytest.raises(UserError, match=message):
+            load_student("bad.safetensors")
+
+
+def test_the_package_is_asked_for_where_it_is_missing(monkeypatch):
+    folder = write_unet(Path("ddpm"))
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(UserError, match="pip install diffusers"):
+        load_teacher(None, folder)
+
+
+def test_noise_of_a_scheduler_with_its_defaults():
+    folder = write_unet(Path("ddpm"))
+    (folder / SCHEDULER_FILE).write_text(json.dumps({"_class_name": "EulerDiscreteScheduler", "beta_end": 0.03}))
+    package()
+    assert read_noise(open_folder(folder)) == {**TABLE, "beta_end": 0.03}
