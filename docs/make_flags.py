@@ -21,6 +21,7 @@ COMMANDS = {
     "-m training.pretrain": "training.pretrain",
     "-m training.plot": "training.plot",
     "-m training.bench": "training.bench",
+    "-m training.dataset_tool": "training.dataset_tool",
     "-m models.export": "models.export.__main__",
     "-m models.prefetch": "models.prefetch",
     "-m models.registry": "models.registry.__main__",

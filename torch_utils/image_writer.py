@@ -9,7 +9,7 @@ import re
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,8 +72,12 @@ class ImageWriter:
             raise UserError(
                 f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"
             ) from None
-        self._refuse_existing_archive()  # it may have been completed while we looked
-        self._check_options(options)
+        try:
+            self._refuse_existing_archive()  # it may have been completed while we looked
+            self._check_options(options)
+        except BaseException:
+            held.close()
+            raise
         if self.zipped:
             self._held = held
         else:
@@ -92,11 +96,11 @@ class ImageWriter:
                 changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
             except (ValueError, AttributeError, TypeError, RecursionError):
                 raise UserError(f"{path} is not readable; choose another place", "outdir") from None
-            if changed:
+            if changed and self._has_images():
                 raise UserError(
                     f"{self.folder} holds images made with another {', '.join(changed)}; choose another place", "outdir"
                 )
-        elif any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png")):
+        elif self._has_images():
             raise UserError(f"{self.folder} holds images that were not sampled here; choose another place", "outdir")
         picture = next((name for name in PICTURES if (self.folder / name).exists()), None)
         if picture is not None:
@@ -105,6 +109,9 @@ class ImageWriter:
                 "outdir",
             )
         write_text(path, json.dumps(options, indent=2) + "\n")
+
+    def _has_images(self) -> bool:
+        return any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png"))
 
     def path(self, seed: int) -> Path:
         if self.zipped:
@@ -135,20 +142,30 @@ class ImageWriter:
                 f"{path} cannot be written ({reason}); make room and repeat the command, it goes on from there"
             ) from None
 
-    def close(self, seeds: Sequence[int]) -> None:
-        """Wait for every image; every rank calls it, and rank 0 then completes an archive of `seeds`."""
+    def flush(self) -> None:
+        """Wait for every image of this process."""
         while self._pending:
             self._pending.popleft().result()
+
+    def close(self, seeds: Sequence[int], labels: Mapping[int, int] | None = None) -> None:
+        """Wait for every image; every rank calls it, and rank 0 then completes an archive of `seeds`.
+
+        Args:
+            labels: class of each of them, for the archive's `dataset.json`.
+        """
+        self.flush()
         self._pool.shutdown()
         distributed.barrier()
         if self.zipped:
-            distributed.on_first_rank(lambda: self._archive(seeds))
+            distributed.on_first_rank(lambda: self._archive(seeds, labels))
         if self._held is not None:
             self._held.close()
 
-    def _archive(self, seeds: Sequence[int]) -> None:
+    def _archive(self, seeds: Sequence[int], labels: Mapping[int, int] | None) -> None:
+        names = {seed: self.path(seed).relative_to(self.folder).as_posix() for seed in sorted(seeds)}
+        pairs = None if labels is None else [[name, labels[seed]] for seed, name in names.items()]
         with replacing(self.dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for path in sorted(map(self.path, seeds)):
-                archive.write(path, path.relative_to(self.folder).as_posix())
-            archive.writestr("dataset.json", json.dumps({"labels": None}))
+            for name in names.values():
+                archive.write(self.folder / name, name)
+            archive.writestr("dataset.json", json.dumps({"labels": pairs}))
         shutil.rmtree(self.folder)

@@ -33,7 +33,7 @@ from models.export import __main__ as export
 from models.registry import ROWS
 from models.registry import __main__ as registry
 from models.sampling import TeacherOptions
-from training import bench, plot, pretrain
+from training import bench, dataset_tool, plot, pretrain
 from training.config import DistillConfig
 from training.evaluation.comparison import PRDC
 from training.pretrain import PretrainConfig
@@ -41,6 +41,7 @@ from training.pretrain import PretrainConfig
 SCRIPTS = {
     "train.py": train.main, "sample.py": sample.main, "fid.py": fid.main, "prdc.py": prdc.main,
     "training.pretrain": pretrain.main, "training.plot": plot.main, "training.bench": bench.main,
+    "training.dataset_tool": dataset_tool.main,
     "models.export": export.main, "models.prefetch": prefetch.main, "models.registry": registry.main,
 }  # fmt: skip
 

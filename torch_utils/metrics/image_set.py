@@ -194,7 +194,7 @@ class ImageDataset:
         if self._array is not None:
             return self._array[self._positions[index]]
         name, shape = self.names[index], self.shape
-        with self._open(name) as image:
+        with self.open(name) as image:
             pixels = to_pixels(image)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return np.broadcast_to(pixels, shape)
@@ -207,13 +207,13 @@ class ImageDataset:
         return images
 
     def _header(self, name: str) -> Header:
-        with self._open(name) as image:
+        with self.open(name) as image:
             is_transparent = image.mode in ALPHA_MODES or "transparency" in image.info
             turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) not in (0, 1)
             return Header((image.height, image.width), image.mode in GREY_MODES, is_transparent, turned)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[Image.Image]:
+    def open(self, name: str) -> Iterator[Image.Image]:
         """A file of the set as a Pillow image; whatever is wrong with it becomes one line that names it."""
         try:
             with self.stream(name) as file, Image.open(file, formats=FORMATS) as image:
