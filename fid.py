@@ -28,6 +28,7 @@ from torch_utils.metrics.kernel import kernel_distance
 from training.evaluation import comparison
 from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
 from training.evaluation.extractor import Extractor
+from training.evaluation.functions import Comparison, Images
 from training.evaluation.records import append_records
 from training.evaluation.sources import REFERENCES, Source, open_images, open_reference, seeded_batches, split_blocks
 from training.options import (
@@ -55,6 +56,28 @@ def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref:
         ValueError: shapes that do not fit together, or numbers that are not finite.
     """
     return frechet_distance(mu, sigma, mu_ref, sigma_ref)
+
+
+def compute_fid(images: Images, reference: Images, detector: str | Path | Detector = "inception", **how: Any) -> float:
+    """Fréchet distance of two sets of images; with the detector `inception` this is the FID.
+
+    Args:
+        images: folder, archive or file of images (or features), or uint8 `[N, H, W, C]` in memory.
+        reference: the same; or statistics, a URL, or a registered name such as `cifar10`.
+        detector: name, path of weights, or a detector of `models.detectors.load_detector`.
+        how: `resize`, `batch`, `workers`, `device` of `training.evaluation.functions.Comparison`.
+
+    Raises:
+        UserError: images, reference or detector that cannot be used, in one line.
+    """
+    found, expected = Comparison(images, reference, detector, **how).sets(keep=False)
+    return frechet_distance(found.mu, found.sigma, expected.mu, expected.sigma)
+
+
+def compute_kid(images: Images, reference: Images, detector: str | Path | Detector = "inception", **how: Any) -> float:
+    """Kernel distance of two sets of images, the mean over subsets; arguments as for `compute_fid`, no statistics."""
+    found, expected = Comparison(images, reference, detector, **how).sets(keep=True)
+    return kernel_distance(found.features, expected.features).mean
 
 
 # ------------------------------------------------------------------------------------------------------------------

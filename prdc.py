@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from numpy.typing import ArrayLike
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import Group, section
+from models.detectors import Detector
 from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
+from training.evaluation.functions import Comparison, Images, as_features
 from training.evaluation.records import append_records
 from training.evaluation.sources import StoredStatistics, open_images, open_reference, split_blocks
 from training.options import detector_options, images_option, machine_options, record_options
@@ -24,17 +26,31 @@ DEFAULT_NUM = 5000
 
 
 def compute_prdc(
-    real: ArrayLike, fake: ArrayLike, nearest_k: int = 5, device: torch.device | str = "cpu"
+    real: Images,
+    fake: Images,
+    nearest_k: int = 5,
+    device: torch.device | str = "cpu",
+    detector: str | Path | Detector = "inception",
+    **how: Any,
 ) -> dict[str, float]:
-    """`precision`, `recall`, `density` and `coverage` of feature sets `[N, D]` and `[M, D]`.
+    """`precision`, `recall`, `density` and `coverage` of two sets of features, or of images.
 
     Precision is the share of fake features inside a real ball, recall the share of real ones inside a fake ball; a ball
     reaches to the k-th neighbour in its own set, and its surface is outside.
 
+    Args:
+        real, fake: features `[N, D]` and `[M, D]`; or images, as for `fid.compute_fid`.
+        detector, how: for images, as for `fid.compute_fid`.
+
     Raises:
         ValueError: shapes that do not fit, nearest_k or fewer features, or numbers that are not finite.
+        UserError: images or a detector that cannot be used.
     """
-    return precision_recall_density_coverage(real, fake, nearest_k, device)
+    real_features, fake_features = as_features(real), as_features(fake)
+    if real_features is None or fake_features is None:
+        found, expected = Comparison(fake, real, detector, device=device, **how).sets(keep=True)
+        return precision_recall_density_coverage(expected.features, found.features, nearest_k, device)
+    return precision_recall_density_coverage(real_features, fake_features, nearest_k, device)
 
 
 @click.group(cls=Group)

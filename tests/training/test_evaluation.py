@@ -14,7 +14,9 @@ from PIL import Image
 from tiny import Patches, flags, invoke, student, write_images
 
 from dnnlib import UserError
-from fid import calculate_fid
+from fid import calculate_fid, compute_fid, compute_kid
+from models.detectors import load_detector
+from prdc import compute_prdc
 from torch_utils.arrays import read_arrays, write_arrays
 from torch_utils.metrics.image_set import ImageDataset
 from training.evaluation.records import append_records, read_records
@@ -268,6 +270,45 @@ def test_a_set_is_opened_once(files, monkeypatch):
     opened.clear()
     calc(files, images="kept.npz", metrics="fid,kid").ok()
     assert opened == [Path("kept.npz"), files / "real"]
+
+
+# --- From Python -----------------------------------------------------------------------------------------------------
+
+
+def test_functions_give_what_the_commands_give(files, tmp_path):
+    """For folders, archives, arrays, tensors, features and statistics alike."""
+    calc(files, metrics="fid,kid").ok()
+    prdc(files, num=20).ok()
+    fid_value, kid_value, prdc_value = values()
+    images = {name: ImageDataset(files / name).load_all().transpose(0, 2, 3, 1) for name in ("fake", "real")}
+    shutil.make_archive("fake", "zip", files / "fake")
+    run("fid", "ref", files, data=files / "real", dest="real.npz", features="kept.npz").ok()
+    detector = load_detector(str(files / "patches.pt"), "cpu", runs_code=True)
+    for fake in (files / "fake", str(files / "fake"), "fake.zip", images["fake"], torch.from_numpy(images["fake"])):
+        for real in (files / "real", images["real"], "real.npz", "kept.npz"):
+            assert compute_fid(fake, real, detector) == pytest.approx(fid_value, rel=1e-9)
+            if not isinstance(real, str) or real != "real.npz":
+                assert compute_kid(fake, real, detector, batch=7) == pytest.approx(kid_value, rel=1e-9)
+    found = compute_prdc(images["real"], images["fake"][:20], detector=detector)
+    assert found == compute_prdc(files / "real", torch.from_numpy(images["fake"][:20]), detector=detector)
+    assert set(found) == set(prdc_value)
+
+
+@pytest.mark.parametrize("images, words", [
+    (np.zeros([5, 8, 8, 3]), r"images are float64 \[5, 8, 8, 3\]; expected uint8"),
+    (np.zeros([5, 3, 8, 8], np.uint8), r"images are uint8 \[5, 3, 8, 8\]"),
+    (np.zeros([0, 8, 8, 3], np.uint8), r"images are uint8 \[0, 8"),
+    ("nothere", "nothere does not exist"),
+])  # fmt: skip
+def test_errors_of_functions_are_exceptions_of_one_line(images, words, files, monkeypatch):
+    monkeypatch.setattr("training.evaluation.functions.load_detector", lambda *a: pytest.fail("a detector was loaded"))
+    for compute in (compute_fid, compute_kid):
+        with pytest.raises(UserError, match=words):
+            compute(images, files / "real")
+        with pytest.raises(UserError, match=words):
+            compute(files / "real", images)
+    with pytest.raises(UserError, match=words):
+        compute_prdc(images, files / "real")
 
 
 # --- Order and messages ----------------------------------------------------------------------------------------------

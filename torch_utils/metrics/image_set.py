@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dnnlib import UserError, first_line, sha256_of
 
-from ..arrays import UNREADABLE, read_arrays, read_headers
+from ..arrays import UNREADABLE, Header, read_arrays, read_headers
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 #: The formats behind them. Pillow knows others by their content, among them some that start programs.
@@ -51,7 +51,7 @@ ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """What the header of an image file says: height and width, and what becomes of its pixels."""
 
     size: tuple[int, int]
@@ -98,6 +98,21 @@ class ImageDataset:
         self.labels = self._read_labels() if LABELS in files else None
         self._others = Counter(s for s in map(_suffix, files) if s in OTHER_IMAGES)
 
+    @classmethod
+    def of_array(cls, images: np.ndarray) -> ImageDataset:
+        """Images in memory, uint8 `[N, H, W, 1 or 3]` or `[N, H, W]`.
+
+        Raises:
+            UserError: another type or shape, or no image.
+        """
+        if not Header(images.dtype, images.shape).is_images or 0 in images.shape:
+            raise UserError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, 1 or 3]")
+        dataset = cls.__new__(cls)
+        dataset.path, dataset.labels, dataset._archive = Path("images in memory"), None, None
+        dataset._array = (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
+        dataset.names = [f"image {index}" for index in range(len(images))]
+        return dataset
+
     # --------------------------------------------------------------------------------------------------------------
     # What it is
 
@@ -128,9 +143,9 @@ class ImageDataset:
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
     @functools.cached_property
-    def _headers(self) -> list[Header]:
+    def _headers(self) -> list[ImageHeader]:
         """Of every file, compared: the sizes are equal."""
-        found: list[Header] = []
+        found: list[ImageHeader] = []
         for name in self.names:
             header = self._header(name)
             if found and header.size != found[0].size:
@@ -206,11 +221,11 @@ class ImageDataset:
             images[index] = self.load(index)
         return images
 
-    def _header(self, name: str) -> Header:
+    def _header(self, name: str) -> ImageHeader:
         with self.open(name) as image:
             is_transparent = image.mode in ALPHA_MODES or "transparency" in image.info
             turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) not in (0, 1)
-            return Header((image.height, image.width), image.mode in GREY_MODES, is_transparent, turned)
+            return ImageHeader((image.height, image.width), image.mode in GREY_MODES, is_transparent, turned)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Image.Image]:
