@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +28,16 @@ from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.kernel import kernel_distance
 from training.evaluation import comparison
 from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
+from training.evaluation.curve import evaluate, snapshots
 from training.evaluation.extractor import Extractor
+from training.evaluation.figures import INSTALL_MATPLOTLIB, PRDC, draw_by_kimg
 from training.evaluation.functions import Comparison, Images
 from training.evaluation.records import append_records
 from training.evaluation.sources import REFERENCES, Source, open_images, open_reference, seeded_batches, split_blocks
 from training.options import (
     describe_seeds,
     detector_options,
+    figure_option,
     images_option,
     machine_options,
     parse_npz,
@@ -44,6 +48,7 @@ from training.options import (
     seed_blocks,
     solver_options,
 )
+from training.runs import find_run
 
 METRICS = ("fid", "kid")
 REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
@@ -94,7 +99,7 @@ def parse_ints(context: click.Context | None, param: click.Parameter, value: str
 
 def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
-    if set(names) & {"prdc", *comparison.PRDC}:
+    if set(names) & {"prdc", *PRDC}:
         raise UserError(f"--metrics={value!r}: precision, recall, density and coverage are computed by prdc.py calc")
     if not set(names) <= set(METRICS) or len(set(names)) != len(names):
         raise UserError(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
@@ -327,14 +332,16 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
               type=click.IntRange(min=1), default=5)  # fmt: skip
 @section("Where to")
-@click.option("--outdir", help="Folder for metrics.jsonl, .md and .png; default: that of the student", metavar="DIR")
+@click.option("--outdir", help="Folder for metrics.jsonl, .md, .csv, .tex and .png; default: that of the student",
+              metavar="DIR")  # fmt: skip
+@figure_option
 @section("How")
 @detector_options
 @section("Machine")
 @precision_option
 @machine_options
 def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir: str | None, **opts: Any) -> None:
-    """FID and PRDC of a student, its teacher and training-free solvers, for the same seeds: a table and a plot.
+    """FID and PRDC of a student, its teacher and training-free solvers, for the same seeds: tables and a plot.
 
     A second run of the same command computes only what is missing.
 
@@ -365,9 +372,66 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl")
 
     def show_all() -> None:
-        paths = comparison.write(results, place)
+        paths = comparison.write(results, place, opts["figure"] or place / "metrics.png")
         click.echo(paths[0].read_text(encoding="utf-8"))
         click.echo("Wrote " + ", ".join(map(str, paths)))
+
+    distributed.on_first_rank(show_all)
+    distributed.shutdown()
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@section("What to compare")
+@click.option("--seeds", help="Random seeds, one image each, for every snapshot", metavar="LIST", default="0-1999",
+              callback=parse_seeds)  # fmt: skip
+@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
+@section("Where to")
+@click.option("--out", help="JSON lines, one for a snapshot; default: metrics.jsonl of the run", type=Path,
+              metavar="JSONL")  # fmt: skip
+@figure_option
+@section("How")
+@detector_options
+@section("Machine")
+@precision_option
+@machine_options
+def curve(run: str, seeds: list[int], ref: str, num_steps: int | None, **opts: Any) -> None:
+    """FID of every snapshot of a run (a directory, or a number under ./exps) against kimg: a line each, and a plot.
+
+    A second run of the same command computes only what is missing, so it can follow a run that trains.
+
+    \b
+    Examples:
+      python fid.py curve 0 --ref=emoji32 --detector=efficientnet-lite0
+    """
+    device = pick_device(opts["device"], distributed.local_rank())
+    precision = pick_precision(opts["precision"], device)
+    place = find_run(run)
+    paths = snapshots(place)
+    out = opts["out"] or place / "metrics.jsonl"
+    if opts["dry_run"]:
+        return show_plan(run=str(place), snapshots=[path.name for path in paths.values()], images=len(seeds), ref=ref,
+                         out=str(out), detector=opts["detector"], precision=precision, device=str(device),
+                         missing=missing_paths(ref))  # fmt: skip
+    open_ref = open_reference(ref, statistics=True)
+    extractor = open_extractor(opts)
+    real = open_ref()
+    check(real)
+    reference = extractor.reference(real, keep=False)
+    facts: dict[str, Any] = {"seeds": describe_seeds(seeds), "precision_of_samples": precision, "reference": ref}
+    facts |= {"reference_N": reference.count, "reference_sha256": distributed.on_first_rank(real.fingerprint)}
+    options, dtype = SamplerOptions(num_steps=num_steps), PRECISIONS[precision]
+    results = evaluate(paths, options, seeds, reference, extractor, dtype, facts, out)
+
+    def show_all() -> None:
+        for result in results:
+            click.echo(f"{result['kimg']} kimg: {result['metric']} {result['value']:g}")
+        if importlib.util.find_spec("matplotlib") is None:
+            return say(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB}, and repeat the command")
+        figure = opts["figure"] or place / "fd-kimg.png"
+        draw_by_kimg([{**result, "series": place.name} for result in results], figure)
+        click.echo(f"Plot: {figure}")
 
     distributed.on_first_rank(show_all)
     distributed.shutdown()

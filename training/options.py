@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,8 @@ from models.detectors.inception import RESIZES
 from models.registry import ROWS
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
+
+from .evaluation.figures import check_suffix
 
 MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
 
@@ -136,6 +139,14 @@ record_options = combined(
                  callback=parse_npz),
     click.option("--out", help="File that gets a JSON line for each metric", metavar="JSONL", default="metrics.jsonl"),
 )  # fmt: skip
+
+
+def parse_figure(context: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    return None if value is None else check_suffix(Path(value), "figure")
+
+
+figure_option = click.option("--figure", help="Where to draw; its suffix says as what", metavar="PNG|PDF|SVG",
+                             callback=parse_figure)  # fmt: skip
 dry_run_option = click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
 machine_options = combined(
     click.option("--batch", help="Images at a time, per process", type=click.IntRange(1, 1 << 20), default=64),

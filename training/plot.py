@@ -21,9 +21,9 @@ import click
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, make_folder, one_line_errors, replacing
+from dnnlib import UserError, one_line_errors
 from dnnlib.options import Command, device_option, offline_option, section
-from models.loading import RUNS_DIR, find_student, load_student
+from models.loading import find_student, load_student
 from models.prompts import choose_prompts
 from models.sampling import SamplerOptions, draw_latents, student_sampler
 from solvers import Callback
@@ -31,43 +31,14 @@ from torch_utils.device import configure_backends, pick_device
 
 from .config import DistillConfig
 from .distill import Teacher, load_source
-from .evaluation.comparison import INSTALL_MATPLOTLIB, draw
+from .evaluation.figures import check_suffix, draw_by_kimg, draw_comparison, need_matplotlib, panels, save_figure
 from .evaluation.records import read_records
-from .runs import STATS, read_options
+from .runs import STATS, find_run, read_options
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
 #: Where the name of a sampler or a folder of images tells the snapshot, in kimg.
 SNAPSHOT_IN = re.compile(r"network-snapshot-(\d+)")
 METRICS = "metrics.jsonl"
-PANEL = 3.2  # inches
-
-
-def need_matplotlib() -> Any:
-    """matplotlib's Figure, or one clear line; no pyplot, so no display and no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}); run: {INSTALL_MATPLOTLIB}") from None
-    return Figure
-
-
-def open_figure(columns: int, rows: int = 1) -> Any:
-    """An empty figure for so many panels."""
-    return need_matplotlib()(figsize=(PANEL * 1.3 * max(columns, 2), PANEL * max(rows, 1.2)), layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    make_folder(path.parent, "dest")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
-    """The directory of a run: a path, or the number of a run under `./exps`."""
-    found = sorted(runs_dir.glob(f"{int(run):05d}-*")) if run.isdigit() and not Path(run).exists() else [Path(run)]
-    if not found or not found[0].is_dir():
-        raise UserError(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
-    return found[0]
 
 
 def labels_of(places: Sequence[Path]) -> list[str]:
@@ -81,12 +52,16 @@ def labels_of(places: Sequence[Path]) -> list[str]:
 
 
 def read_losses(run_dir: Path) -> dict[tuple[int, int], tuple[list[float], list[float]]]:
-    """kimg and loss for every (num_steps, step) of a run's `stats.jsonl`; what was not finite is left out."""
+    """kimg and loss for every (num_steps, step) of a run's `stats.jsonl`.
+
+    What was not finite is left out, and so is an analytical first step, which trains nothing.
+    """
+    is_analytical = bool((read_options(run_dir) or {}).get("afs"))
     curves: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     for record in read_records(run_dir / STATS):
         for name, value in record.items():
             match = LOSS.fullmatch(name)
-            if match and value is not None:
+            if match and value is not None and not (is_analytical and match[2] == "0"):
                 kimg, losses = curves.setdefault((int(match[1]), int(match[2])), ([], []))
                 kimg.append(record["kimg"])
                 losses.append(value)
@@ -100,11 +75,11 @@ def draw_losses(run_dirs: Sequence[Path], dest: Path) -> None:
     curves = dict(zip(labels_of(run_dirs), map(read_losses, run_dirs)))
     keys = sorted({key for found in curves.values() for key in found})
     rows = sorted({num_steps for num_steps, _ in keys})
-    columns = 1 + max(step for _, step in keys)
-    figure = open_figure(columns, len(rows))
-    panels = figure.subplots(len(rows), columns, squeeze=False, sharex=True)
-    for row, num_steps in zip(panels, rows):
-        for step, axes in enumerate(row):
+    steps = sorted({step for _, step in keys})
+    figure = panels(len(steps), len(rows))
+    grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex=True)
+    for row, num_steps in zip(grid, rows):
+        for step, axes in zip(steps, row):
             axes.set_title(f"num_steps {num_steps}, step {step}", fontsize=10)
             axes.grid(alpha=0.3)
             for index, (label, found) in enumerate(curves.items()):
@@ -112,9 +87,9 @@ def draw_losses(run_dirs: Sequence[Path], dest: Path) -> None:
                     # Dots too, or a run of one status line would be invisible.
                     axes.plot(*found[num_steps, step], ".-", color=f"C{index % 10}", label=label)
             axes.set_visible(bool(axes.lines))
-    for axes in panels[-1]:
+    for axes in grid[-1]:
         axes.set_xlabel("kimg")
-    for row in panels:
+    for row in grid:
         row[0].set_ylabel("loss")
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=7)
@@ -186,7 +161,7 @@ def visited(run: Callable[[Callback], Tensor]) -> Tensor:
 def draw_trajectories(trajectories: Trajectories, dest: Path) -> None:
     """A panel for every seed, and one of deviations."""
     count = trajectories.teacher.shape[1]
-    figure = open_figure(count + 1)
+    figure = panels(count + 1)
     *planes, last = figure.subplots(1, count + 1)
     for seed, axes in enumerate(planes):
         teacher, student = trajectories.plane(seed)
@@ -242,24 +217,6 @@ def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["metric"], record.get("N"), record.get("reference_sha256")
 
 
-def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> None:
-    """Against NFE as `fid.py compare` draws it, or against kimg with a line for every series of snapshots."""
-    if by == "nfe":
-        make_folder(dest.parent, "dest")
-        draw(records, dest)
-        return
-    figure = open_figure(2)
-    axes = figure.subplots()
-    for series in dict.fromkeys(record["series"] for record in records):
-        points = [(record["kimg"], record["value"]) for record in records if record["series"] == series]
-        axes.plot(*zip(*points), "o-", label=series)
-    axes.set_xlabel("kimg")
-    axes.set_ylabel(records[0]["metric"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    save_figure(figure, dest)
-
-
 @click.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
 @section("What to draw instead of losses")
@@ -272,8 +229,8 @@ def draw_distances(records: Sequence[dict[str, Any]], by: str, dest: Path) -> No
 @device_option
 @offline_option
 @section("Where to")
-@click.option("--dest", help="PNG to write; default: losses.png, trajectory.png or fd-….png of the first RUN",
-              metavar="PNG", type=Path)  # fmt: skip
+@click.option("--dest", help="Figure to write; default: losses.png, trajectory.png or fd-….png of the first RUN",
+              metavar="PNG|PDF|SVG", type=Path)  # fmt: skip
 def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | None, **opts: Any) -> None:
     """Plot the losses of runs (directories, or numbers under ./exps), trajectories, or distances.
 
@@ -286,6 +243,8 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
     need_matplotlib()
     if trajectory and (fd or len(runs) > 1):
         raise UserError("--trajectory is of one run, and no --fd; leave the rest out")
+    if dest is not None:
+        check_suffix(dest, "dest")
     places = [Path(run) if fd and Path(run).is_file() else find_run(run) for run in runs]
     folder = places[0] if places[0].is_dir() else places[0].parent
     dest = dest or folder / (f"fd-{fd}.png" if fd else "trajectory.png" if trajectory else "losses.png")
@@ -296,7 +255,8 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
         each = ", ".join(f"{value:.4g}" for value in found.deviation.mean(1).tolist())
         click.echo(f"Mean |student − teacher| at each timestamp: {each}")
     elif fd:
-        draw_distances(read_distances(places, fd), fd, dest)
+        records = read_distances(places, fd)
+        draw_comparison(records, dest) if fd == "nfe" else draw_by_kimg(records, dest)
     else:
         draw_losses(places, dest)
     click.echo(f"Plot: {dest}")

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from dnnlib import UserError, make_folder, write_text
 from dnnlib.files import remove_leftovers
+from models.loading import RUNS_DIR
 from torch_utils.checkpoint import read_settings
 
 from .config import DistillConfig
@@ -193,3 +194,11 @@ def cut_stats(run_dir: Path, images: int) -> None:
 def _images_of(line: str) -> float:
     found = re.search(r'"images": (\d+)', line)
     return int(found[1]) if found else float("inf")
+
+
+def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
+    """The directory of a run: a path, or the number of a run under `./exps`."""
+    found = sorted(runs_dir.glob(f"{int(run):05d}-*")) if run.isdigit() and not Path(run).exists() else [Path(run)]
+    if not found or not found[0].is_dir():
+        raise UserError(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
+    return found[0]

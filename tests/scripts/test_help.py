@@ -35,7 +35,7 @@ from models.registry import __main__ as registry
 from models.sampling import TeacherOptions
 from training import bench, dataset_tool, plot, pretrain
 from training.config import DistillConfig
-from training.evaluation.comparison import PRDC
+from training.evaluation.figures import PRDC
 from training.pretrain import PretrainConfig
 
 SCRIPTS = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +16,13 @@ import torch
 from PIL import Image
 from tiny import ROOT, flags, invoke, known_as_tiny, run_ranks, student, teacher, write_images
 
+from dnnlib import UserError
 from prdc import compute_prdc
 from torch_utils.metrics.image_set import ImageDataset
 from training.evaluation import comparison
+from training.evaluation import curve as curve_module
+from training.evaluation.figures import PRDC, as_csv, as_latex, as_markdown, draw_by_kimg, draw_comparison
+from training.evaluation.records import read_records
 
 NFES = {"teacher, Heun": [35], "Euler": [2, 3, 5], "DPM-Solver++": [2, 3, 5], "student": [2]}
 
@@ -155,3 +163,118 @@ def test_a_short_run_of_the_preset_beats_training_free_solvers(tmp_path):
     student, teacher = found["student", 2], found[comparison.BEST, 35]
     solvers = [found[label, nfe] for label in ("Euler", "DPM-Solver++") for nfe in (2, 3)]
     assert teacher < student < min(solvers)
+
+
+# --- Figures and tables ----------------------------------------------------------------------------------------------
+
+
+def made_up(label: str, nfe: int, value: float, **shares: float) -> dict:
+    prdc = {**dict.fromkeys(PRDC, 0.5), **shares}
+    facts = {"N": 2000, "seeds": "0-1999", "reference": "data/emoji.zip", "reference_N": 3926, "detector": "x_y"}
+    return {"label": label, "nfe": nfe, "value": value, "metric": "FD(x_y)", "prdc": prdc, **facts}
+
+
+RESULTS = [made_up("student", 2, 30.0), made_up("teacher, Heun", 35, 10.0, recall=0.9), made_up("Euler", 2, 90.0, recall=0.7),
+           made_up("student", 3, 20.5), made_up("DPM-Solver++", 3, 40.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_figures_have_the_format_of_their_suffix(suffix, magic):
+    pytest.importorskip("matplotlib")
+    draw_comparison(RESULTS, Path(f"deep/x{suffix}"))
+    draw_by_kimg([{**RESULTS[0], "series": "a", "kimg": k} for k in (1, 2)], Path(f"deep/y{suffix}"))
+    assert all(Path(f"deep/{name}{suffix}").read_bytes().startswith(magic) for name in "xy")
+    with pytest.raises(UserError, match="no figure"):
+        draw_comparison(RESULTS, Path("x.txt"))
+
+
+def test_figures_say_what_they_show():
+    """Arrows, number of images, reference; names in one order whatever the order of the results."""
+    pytest.importorskip("matplotlib")
+    for results in (RESULTS, RESULTS[::-1]):
+        draw_comparison(results, Path("x.svg"))
+        text = Path("x.svg").read_text(encoding="utf-8")
+        for words in ("FD(x_y) ↓", "recall ↑", "density ↑", "2,000 images, reference emoji.zip (3,926)"):
+            assert words in text
+        names = ["teacher, Heun, NFE 35", "DPM-Solver++", "Euler", "student"]
+        places = [text.rindex(f">{name}<") for name in names]
+        assert places == sorted(places)
+
+
+def test_error_bars_where_there_were_trials(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn = []
+    original = Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda self, *a, **k: drawn.append(a) or original(self, *a, **k))
+    trials = {"series": "a", "value": 1.0, "mean": 2.0, "std": 0.5, "trials": [1.0, 3.0], "metric": "FID"}
+    draw_by_kimg([{**trials, "kimg": 1}, {**trials, "kimg": 2}], Path("x.png"))
+    draw_by_kimg([{"series": "a", "value": 1.0, "metric": "FID", "kimg": 1}], Path("x.png"))
+    assert drawn == [([1, 2], [2.0, 2.0], [0.5, 0.5])]
+
+
+def test_tables_hold_the_same_numbers():
+    lines = as_markdown(RESULTS).splitlines()
+    rows = list(csv.DictReader(io.StringIO(as_csv(RESULTS))))
+    tex = as_latex(RESULTS)
+    assert len(lines) == 2 + len(RESULTS) and lines[5] == "| student | 3 | 20.5 | 0.500 | 0.500 | 0.500 | 0.500 |"
+    assert [(r["sampler"], int(r["nfe"]), float(r["value"])) for r in rows] == [
+        (r["label"], r["nfe"], r["value"]) for r in RESULTS
+    ]
+    assert rows[0]["reference_N"] == "3926" and rows[1]["recall"] == "0.9"
+    assert r"FD(x\_y) $\downarrow$ & precision $\uparrow$" in tex and r"student & 3 & \textbf{20.5} & " in tex
+    assert r"Euler & 2 & 90 & \textbf{0.500} & \textbf{0.700} &" in tex  # the teacher's recall is none of a rival
+    assert tex.count(r"\\") == 1 + len(RESULTS) and tex.count("&") == 6 * (1 + len(RESULTS))
+
+
+# --- Snapshots of a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_of_three(tmp_path) -> Path:
+    """The same student three times, under the names of three snapshots."""
+    folder = tmp_path / "exps" / "00000-tiny"
+    folder.mkdir(parents=True)
+    (source,) = student().glob("network-snapshot-*.safetensors")
+    for kimg in (0, 16, 1000000):
+        shutil.copy(source, folder / f"network-snapshot-{kimg:06d}.safetensors")
+    return folder
+
+
+def curve(files: Path, run="0", **changes):
+    common = dict(seeds="0-8", ref=files / "real", detector=files / "colours.pt", precision="fp32", device="cpu")
+    return invoke("fid", "curve", run, *flags(common, changes), "--detector-runs-code")
+
+
+def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three, monkeypatch):
+    output = curve(files).ok().output
+    found = read_records(run_of_three / "metrics.jsonl")
+    assert [record["kimg"] for record in found] == [0, 16, 1000000] and len({record["value"] for record in found}) == 1
+    assert "16 kimg: FD(colours.pt) " in output
+    sampled = dict(seeds="0-8", ref=files / "real", precision="fp32", detector=files / "colours.pt", device="cpu")
+    invoke("fid", "gen", *flags(sampled, model_path=student()), "--detector-runs-code").ok()
+    assert read_records("metrics.jsonl")[0]["value"] == found[0]["value"]
+
+    (run_of_three / "network-snapshot-000016.safetensors").rename(run_of_three / "network-snapshot-000020.safetensors")
+    computed = []
+    original = curve_module.extract
+    monkeypatch.setattr(curve_module, "extract", lambda *a, **k: computed.append(k["desc"]) or original(*a, **k))
+    curve(files).ok()
+    assert computed == ["network-snapshot-000020"]
+    curve(files, seeds="0-7").ok()
+    assert len(computed) == 4 and len(read_records(run_of_three / "metrics.jsonl")) == 7
+    if importlib.util.find_spec("matplotlib"):
+        assert (run_of_three / "fd-kimg.png").exists()
+        curve(files, figure="x.pdf").ok()
+        assert Path("x.pdf").read_bytes().startswith(b"%PDF")
+        invoke("training.plot", "0", "--fd=kimg").refused("cannot be compared")  # of 9 and of 8 images
+
+
+def test_a_curve_of_nothing_is_one_line(files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for run, changes, words in (
+        ("empty", {}, "empty holds no network-snapshot"), ("7", {}, "7 is no run"),
+        ("empty", dict(figure="x.jpg"), "--figure: x.jpg is no figure"),
+    ):  # fmt: skip
+        curve(files, run=run, **changes).refused(words)

@@ -21,6 +21,7 @@ from models.sampling import draw_latents, student_sampler
 from sample import draw_sheet
 from solvers import solve
 from training import plot
+from training.evaluation import figures as figures_module
 from training.plot import Trajectories, read_distances, read_losses, trace
 
 CPU = torch.device("cpu")
@@ -36,8 +37,9 @@ def in_temporary_folder(tmp_path, monkeypatch):
 def figures(monkeypatch) -> list[Any]:
     """The figures that a command draws."""
     drawn: list[Any] = []
-    save = plot.save_figure
-    monkeypatch.setattr(plot, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    save = figures_module.save_figure
+    for module in (plot, figures_module):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path)))
     return drawn
 
 
@@ -102,6 +104,18 @@ def test_other_files_are_refused(content, message):
         Path("a/stats.jsonl").write_text(content)
     invoke("training.plot", "a").refused(message)
     assert not Path("a/losses.png").exists()
+
+
+def test_an_analytical_step_trains_nothing_and_is_not_drawn(figures):
+    lines = [{"kimg": k, "loss/4/0": 9.0, "loss/4/1": 2.0, "loss/4/2": 1.0} for k in (1, 2)]
+    for name, afs in (("a", True), ("b", False)):
+        run_dir = write_run(name, lines)
+        (run_dir / "training_options.json").write_text(json.dumps({"config": {"afs": afs}}))
+        invoke("training.plot", run_dir, f"--dest={name}.pdf").ok()
+        assert Path(f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    assert titles[0] == ["num_steps 4, step 1", "num_steps 4, step 2"] and len(titles[1]) == 3
+    invoke("training.plot", run_dir, "--dest=x.jpg").refused("--dest: x.jpg is no figure")
 
 
 def test_without_matplotlib_it_says_how_to_get_it(monkeypatch):

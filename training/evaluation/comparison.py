@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dnnlib import replacing, write_text
+from dnnlib import write_text
 from models.detectors import Detector
 from models.model import VARIABLE_STEPS, Student
 from models.sampling import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals, student_sampler
@@ -25,13 +25,12 @@ from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from .extractor import Extractor
-from .records import append_records, read_records
+from .figures import INSTALL_MATPLOTLIB, as_csv, as_latex, as_markdown, draw_comparison
+from .records import append_records, find_record
 from .sources import seeded_batches
 
 #: Numbers of steps at which solvers that need no training are shown.
 STEPS = (2, 3, 5)
-PRDC = ("precision", "recall", "density", "coverage")
-INSTALL_MATPLOTLIB = "pip install matplotlib"
 
 
 def samplers(student: OpenedSampler, precision: str) -> list[ComparedSampler]:
@@ -69,7 +68,7 @@ def compare(
     for row in rows:
         key = {**facts, "sampler": {**row.identity, "nfe": row.sampler.nfe}, "N": len(seeds), "nearest_k": nearest_k}
         key |= extractor.detector.identity()
-        result = distributed.on_first_rank(partial(_recorded, out, key))
+        result = distributed.on_first_rank(partial(find_record, out, key))
         if result is None:
             batches = seeded_batches(row.sampler, seeds, None, extractor.batch)
             made = extract(batches, extractor.detector, len(seeds), True, True, f"{row.label}, NFE {row.sampler.nfe}")
@@ -95,27 +94,8 @@ def _judge(
     return result
 
 
-def _recorded(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The line of `out` with all of `key`, if there is one."""
-    if not out.exists():
-        return None
-    for record in read_records(out):
-        if "prdc" in record and all(record.get(name) == value for name, value in key.items()):
-            return record
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Showing
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, one line for a sampler."""
-    lines = [f"| sampler | NFE | {results[0]['metric']} | " + " | ".join(PRDC) + " |", "|---" * (3 + len(PRDC)) + "|"]
-    for r in results:
-        shares = " | ".join(f"{r['prdc'][name]:.3f}" for name in PRDC)
-        lines.append(f"| {r['label']} | {r['nfe']} | {r['value']:.4g} | {shares} |")
-    return "\n".join(lines) + "\n"
 
 
 def closed_gap(results: Sequence[dict[str, Any]]) -> str | None:
@@ -132,36 +112,15 @@ def closed_gap(results: Sequence[dict[str, Any]]) -> str | None:
     )
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """A plot of every metric against NFE, the teacher's as a line across, as a PNG."""
-    from matplotlib.figure import Figure  # optional; no pyplot, so no display and no global state
-
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    large, *small = figure.subplot_mosaic([["fd", "precision", "recall"], ["fd", "density", "coverage"]],
-                                          width_ratios=[2, 1, 1]).values()  # fmt: skip
-    for axes, name in zip([large, *small], ["value", *PRDC], strict=True):
-        for label in dict.fromkeys(r["label"] for r in results):
-            group = [r for r in results if r["label"] == label]
-            values = [r["value"] if name == "value" else r["prdc"][name] for r in group]
-            if label == BEST:
-                axes.axhline(values[0], color="gray", linestyle="--", label=f"{label}, NFE {group[0]['nfe']}")
-            else:
-                axes.plot([r["nfe"] for r in group], values, "o-", label=label)
-        axes.set_title(results[0]["metric"] if name == "value" else name, fontsize=10)
-        axes.set_xticks(sorted({r["nfe"] for r in results if r["label"] != BEST}))
-        axes.grid(alpha=0.3)
-    large.set_xlabel("network evaluations per image (NFE)")
-    large.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def write(results: Sequence[dict[str, Any]], outdir: Path) -> list[Path]:
-    """`metrics.md`, and `metrics.png` where matplotlib is installed; returns what was written."""
+def write(results: Sequence[dict[str, Any]], outdir: Path, figure: Path) -> list[Path]:
+    """`metrics.md`, `.csv` and `.tex`, and the figure where matplotlib is installed; returns what was written."""
     gap = closed_gap(results)
-    write_text(outdir / "metrics.md", table(results) + (f"\n{gap}\n" if gap else ""))
+    written = [outdir / f"metrics{suffix}" for suffix in (".md", ".csv", ".tex")]
+    tables = [as_markdown(results) + (f"\n{gap}\n" if gap else ""), as_csv(results), as_latex(results)]
+    for path, text in zip(written, tables, strict=True):
+        write_text(path, text)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB} and run this again", err=True)
-        return [outdir / "metrics.md"]
-    draw(results, outdir / "metrics.png")
-    return [outdir / "metrics.md", outdir / "metrics.png"]
+        return written
+    draw_comparison(results, figure)
+    return [*written, figure]

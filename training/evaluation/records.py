@@ -40,6 +40,14 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def find_record(path: str | Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The last record with all of `key`, if there is one."""
+    if not Path(path).exists():
+        return None
+    found = [r for r in read_records(path) if all(name in r and r[name] == value for name, value in key.items())]
+    return found[-1] if found else None
+
+
 def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Append a JSON line for each record, with versions and the date: all of them or, on a full disk, none."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
