@@ -33,17 +33,11 @@ def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, ba
     missing = distributed.on_first_rank(lambda: writer.missing(seeds))
     share = missing[distributed.rank() :: distributed.world_size()]
     with tqdm(total=len(share), unit="img", disable=distributed.rank() != 0, dynamic_ncols=True) as progress:
-        for start in range(0, len(share), batch):
-            part = share[start : start + batch]
-            writer.write(part, sampler.images(part, class_index))
-            progress.update(len(part))
+        for images in sampler.batches(share, class_index, batch):
+            writer.write(share[progress.n : progress.n + len(images)], images)
+            progress.update(len(images))
     writer.close(seeds)
     return len(missing)
-
-
-def sample_all(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int) -> np.ndarray:
-    """Images of all seeds in memory, uint8 `[N, H, W, C]`."""
-    return np.concatenate([sampler.images(seeds[i : i + batch], class_index) for i in range(0, len(seeds), batch)])
 
 
 def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[str], scale: int) -> Image.Image:
@@ -69,7 +63,7 @@ def enlarged(images: np.ndarray) -> int:
 
 def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
     """All images in one picture, `grid.png`; rows say which seeds they are of."""
-    images = sample_all(sampler, seeds, class_index, batch)
+    images = sampler.images(seeds, class_index, batch)
     make_folder(outdir, "outdir")
     rows = square_rows(images)
     parts = [seeds[i : i + len(rows[0])] for i in range(0, len(seeds), len(rows[0]))]
@@ -86,7 +80,7 @@ def write_comparison(
     same = plan.num_steps - 1 - plan.afs  # without AFS, so many steps give the evaluations of the student
     rows = rivals(student, [("euler", same), ("dpmpp", same), ("dpmpp", 5)])
     rows.append(ComparedSampler("student", student.sampler, student.identity))
-    images = [sample_all(row.sampler, seeds, class_index, batch) for row in rows]
+    images = [row.sampler.images(seeds, class_index, batch) for row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
     make_folder(outdir, "outdir")
     labels = [f"{row.label}, NFE {row.sampler.nfe}" for row in rows]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dnnlib import UserError
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
+from torch_utils.images import to_uint8
 
 from .diffusers_space import AnySpace
 from .guidance import guided
@@ -193,7 +195,7 @@ class DiffusionModel(nn.Module):
 
     def check_class(self, index: int | None) -> None:
         """Refuse a class that the model does not have."""
-        if index is not None and index >= self.label_dim:
+        if index is not None and not 0 <= index < self.label_dim:
             has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes"
             raise UserError(f"{self.dataset_name} has {has}, so class {index} cannot be asked for", "class_index")
 
@@ -284,3 +286,41 @@ class Student(DiffusionModel):
         s = sampling
         super().__init__(net, s.dataset_name, s.sigma_min, s.sigma_max, latent, s.plan.guidance_rate)
         self.sampling = sampling
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        num_steps: int | None = None,
+        batch: int = 64,
+        guidance_rate: float | None = None,
+        noise: Tensor | None = None,
+    ) -> np.ndarray:
+        """The images that `sample.py` writes for `seeds`, uint8 `[N, H, W, C]`; on the CPU to the last bit.
+
+        The network computes in `compute_dtype` or, where that is None, in the precision that commands choose.
+
+        Args:
+            seeds: an integer in [0, 2³²) for each image.
+            class_labels: one class for all, one for each, or one-hot `[N, label_dim]`; None draws them by seed.
+            prompts: one caption for all, or one for each; None draws those of MS-COCO by seed.
+            num_steps: timestamps, of a student that serves several.
+            batch: how many at a time on a GPU; the CPU has its own number.
+            guidance_rate: of a text-conditioned student, in place of its own.
+            noise: `[N, C, h, w]`, standard normal, in place of that of the seeds.
+
+        Raises:
+            UserError: something that this student cannot be asked for.
+        """
+        states = self._sample(seeds, class_labels, prompts, num_steps, batch, guidance_rate, noise)
+        return np.concatenate([to_uint8(self.decode(part)) for part in states])
+
+    def sample_states(self, seeds: Sequence[int], **options: Any) -> Tensor:
+        """What `sample` makes images of, by the same arguments: `[N, C, h, w]`, float32; `decode` takes them."""
+        return torch.cat(list(self._sample(seeds, **options)))
+
+    def _sample(self, seeds: Sequence[int], *args: Any, **options: Any) -> Iterator[Tensor]:
+        from .requests import student_states  # which is built on this module
+
+        return student_states(self, seeds, *args, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ class Sampler:
     Attributes:
         sigmas: noise levels, float64 `[num_steps]`.
         step_condition: number of timestamps, for a step-conditioned network.
-        prompts: captions, for a text-conditioned model.
+        prompts: captions, for a text-conditioned model; a list has one for each sample.
     """
 
     model: DiffusionModel
     plan: SamplingPlan
     sigmas: Tensor
     step_condition: float | None = None
-    prompts: Prompts | None = None
+    prompts: Prompts | Sequence[str] | None = None
 
     @property
     def nfe(self) -> int:
@@ -58,16 +58,49 @@ class Sampler:
         x = solve(plan.solver, denoise, x, self.sigmas, plan.afs, plan.num_steps - 1, callback)[-1]
         return denoise(x, x.new_full((), float(self.sigmas[-1]))) if plan.denoise_to_zero else x
 
-    def images(self, seeds: Sequence[int], class_index: int | None = None) -> np.ndarray:
-        """One uint8 image for each seed, `[N, H, W, C]`; on the CPU its bits depend on the seed alone."""
-        size = network_batch(self.model, len(seeds))
-        images = []
+    def states(
+        self,
+        seeds: Sequence[int],
+        class_index: int | Sequence[int] | None = None,
+        batch: int = 64,
+        noise: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Final states `[B, C, H, W]` of `seeds` in their order, float32 on the device, some at a time.
+
+        Args:
+            class_index: one class for all, or one for each; None draws it by seed.
+            batch: how many at a time on a GPU. On the CPU there are always `CPU_BATCH`, the last ones filled up, so
+                that the bits of a sample depend on its seed alone.
+            noise: `[len(seeds), C, H, W]`, standard normal, in place of that of the seeds.
+        """
+        size = network_batch(self.model, batch)
         for start in range(0, len(seeds), size):
-            part = list(seeds[start : start + size])
-            padded = part + part[-1:] * (size - len(part))
-            states = self.run(*draw_latents(self.model, padded, class_index, self.prompts))
-            images.append(to_uint8(self.model.decode(states[: len(part)])))
-        return np.concatenate(images)
+            rows = list(range(start, min(start + size, len(seeds))))
+            filled = rows + rows[-1:] * (network_batch(self.model, len(rows)) - len(rows))
+            classes = _rows(class_index, filled)
+            own = None if noise is None else noise[filled]
+            x, cond = draw_latents(self.model, _rows(seeds, filled), classes, _rows(self.prompts, filled), own)
+            yield self.run(x, cond)[: len(rows)]
+
+    def batches(
+        self,
+        seeds: Sequence[int],
+        class_index: int | Sequence[int] | None = None,
+        batch: int = 64,
+        noise: Tensor | None = None,
+    ) -> Iterator[np.ndarray]:
+        """uint8 images `[B, H, W, C]` of `seeds` in their order, some at a time, as `states` says."""
+        for states in self.states(seeds, class_index, batch, noise):
+            yield to_uint8(self.model.decode(states))
+
+    def images(self, seeds: Sequence[int], class_index: int | None = None, batch: int = 64) -> np.ndarray:
+        """uint8 images of all `seeds`, `[N, H, W, C]`."""
+        return np.concatenate(list(self.batches(seeds, class_index, batch)))
+
+
+def _rows(values: Any, rows: list[int]) -> Any:
+    """These values of a sequence; what is one for all stays as it is."""
+    return [values[i] for i in rows] if isinstance(values, Sequence) else values
 
 
 def network_batch(model: DiffusionModel, count: int) -> int:
@@ -76,26 +109,32 @@ def network_batch(model: DiffusionModel, count: int) -> int:
 
 
 def draw_latents(
-    model: DiffusionModel, seeds: Sequence[int], class_index: int | None = None, prompts: Prompts | None = None
+    model: DiffusionModel,
+    seeds: Sequence[int],
+    class_index: int | Sequence[int] | None = None,
+    prompts: Prompts | Sequence[str] | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Start states at σ_max `[N, C, H, W]`, and what they are conditioned on, on the device.
 
     That is one-hot labels `[N, label_dim]`, text conditions `[N, tokens, width]`, or None for neither. Each sample
-    draws its noise, then its label unless `class_index` gives one, from a generator of its own seed; classes are as
-    frequent as in the teacher's data, where its file says so.
+    draws its noise, then its label, from a generator of its own seed; `noise` and `class_index` replace what is drawn.
+    Classes are as frequent as in the teacher's data, where its file says so.
     """
     device = next(model.parameters()).device
     generators = sample_generators(seeds)
-    x = stacked_randn(generators, model.shape).to(device) * model.sigma_max
+    drawn = stacked_randn(generators, model.shape)
+    x = (drawn if noise is None else noise).to(device) * model.sigma_max
     if model.has_text:
         if prompts is None:
             raise ValueError(f"{model.dataset_name} is conditioned on text: it needs prompts")
-        return x, model.encode_text(prompts.choose(seeds, generators))
+        captions = prompts.choose(seeds, generators) if isinstance(prompts, Prompts) else prompts
+        return x, model.encode_text(captions)
     if model.label_dim == 0:
         return x, None
     index = draw_classes(generators, model.label_dim, model.net.class_frequencies)
     if class_index is not None:
-        index = torch.full_like(index, class_index)
+        index = torch.as_tensor(class_index).expand_as(index)
     return x, one_hot(index, model.label_dim).float().to(device)
 
 
@@ -103,7 +142,7 @@ def student_sampler(
     student: Student,
     num_steps: int | None = None,
     guidance_rate: float | None = None,
-    prompts: Prompts | None = None,
+    prompts: Prompts | Sequence[str] | None = None,
 ) -> Sampler:
     """The Euler sampler that a student was distilled for; `num_steps` chooses the NFE of a step-conditioned one.
 
@@ -185,7 +224,9 @@ class TeacherOptions(SamplerOptions):
     denoise_to_zero: bool = False
 
 
-def teacher_sampler(teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | None = None) -> Sampler:
+def teacher_sampler(
+    teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | Sequence[str] | None = None
+) -> Sampler:
     """A teacher with any solver and schedule, between its own noise levels."""
     o = TeacherOptions(**options.given())
     plan = teacher_plan(options, teacher.guidance_rate)

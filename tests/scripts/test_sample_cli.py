@@ -215,9 +215,12 @@ def test_states_depend_on_their_seed_alone_to_the_last_bit(dtype, tmp_path):
     for batch in (1, 3, 16, 19):
         states = []
         with mock.patch.object(sampling, "to_uint8", lambda x, states=states: states.append(x) or x.numpy()):
+            sampler.images(range(19), batch=batch)
             for start in range(0, 19, batch):
                 sampler.images(range(start, min(start + batch, 19)))
-        found[batch] = torch.cat(states)
+        whole, parts = torch.cat(states).chunk(2)
+        assert torch.equal(whole, parts)
+        found[batch] = whole
     assert all(torch.equal(found[1], other) for other in found.values())
 
 

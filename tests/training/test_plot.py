@@ -6,6 +6,7 @@ import builtins
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,11 +249,11 @@ def test_a_sheet_has_room_for_its_names_at_any_size(size, count):
 
 def test_a_grid_says_which_seeds_its_rows_are(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(sample, "sample_all", lambda *_: np.zeros([5, 16, 16, 3], np.uint8))
     monkeypatch.setattr(
         sample, "draw_sheet", lambda rows, names, *_: drawn.update(names=names) or draw_sheet(rows, names, [], 1)
     )
-    sample.write_grid(None, [3, 4, 5, 9, 12], None, 1, Path("x"))
+    sampler = SimpleNamespace(images=lambda *_: np.zeros([5, 16, 16, 3], np.uint8))
+    sample.write_grid(sampler, [3, 4, 5, 9, 12], None, 1, Path("x"))
     assert drawn["names"] == ["seeds 3 to 5", "seeds 9 to 12"]
     assert is_picture_of(Path("x/grid.png"), minimum=32)
 

@@ -206,7 +206,5 @@ def split_blocks(count: int, num: int | None, seeds: Sequence[int], trials: int)
 def seeded_batches(sampler: Sampler, seeds: Sequence[int], class_index: int | None, batch: int) -> Iterator[Tensor]:
     """uint8 images `[B, C, H, W]` of this rank's share of `seeds`, sampled."""
     part = shard(len(seeds))
-    own = seeds[part.start : part.stop]
-    for start in range(0, len(own), batch):
-        images = sampler.images(own[start : start + batch], class_index)
+    for images in sampler.batches(seeds[part.start : part.stop], class_index, batch):
         yield torch.from_numpy(images).permute(0, 3, 1, 2)
