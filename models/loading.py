@@ -38,6 +38,8 @@ DENOISERS: dict[str, type[Precond]] = {**PRECONDITIONERS, DiffusersPrecond.__nam
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
+#: What `training.pretrain` leaves in its run directory.
+TEACHER_FILE = "teacher.safetensors"
 CONFIGS = Path(__file__).parent / "configs"
 
 #: Ranges of numbers in a network's description: outside, it would take for ever to build, or mean nothing. Where the
@@ -144,7 +146,7 @@ def highest_sigma(row: DatasetSpec, net: Precond) -> float:
 
 def load_teacher(
     dataset_name: str | None,
-    model_path: str | os.PathLike | None = None,
+    model_path: str | os.PathLike | int | None = None,
     device: torch.device | str = "cpu",
     guide_path: str | os.PathLike | None = None,
 ) -> DiffusionModel:
@@ -152,8 +154,9 @@ def load_teacher(
 
     Args:
         dataset_name: a name of `models.registry`; None with `model_path` for a model of one's own.
-        model_path: a teacher of one's own: a `.safetensors` file of `training.pretrain`, a pickle of EDM's training, or
-            a folder of diffusers; for a data set of Stable Diffusion also a checkpoint in the published layout.
+        model_path: a teacher of one's own: a run of `training.pretrain` (directory or number) or its file, a pickle of
+            EDM's training, or a folder of diffusers; for a data set of Stable Diffusion also a checkpoint in the
+            published layout.
         device: where to put it.
         guide_path: a teacher of one's own that guidance leads away from, in place of this one without its condition.
 
@@ -161,16 +164,17 @@ def load_teacher(
         UserError: unknown name, unreadable file, one that is not what it should be, or a guide that does not fit.
     """
     latent: AnySpace | None
-    if model_path is not None and is_folder(model_path) and not _is_stable_diffusion(dataset_name):
-        net, latent, row = _read_folder(dataset_name, Path(model_path))
-    elif model_path is not None and is_stable_diffusion(model_path):
-        row = _stable_diffusion_row(dataset_name, model_path)
-        net, latent = _read_registered(row, Path(model_path))
-    elif model_path is not None:
-        net, name = _read_own_teacher(Path(model_path)), dataset_name or own_name(model_path)
-        latent = _latent_space(net, name, str(model_path))
-        own = DatasetSpec(name, "file", (str(model_path),), net.img_resolution, net.img_channels, net.label_dim)
-        row = own if latent is None else get_row(name)
+    own = None if model_path is None else find_model(model_path)
+    if own is not None and is_folder(own) and not _is_stable_diffusion(dataset_name):
+        net, latent, row = _read_folder(dataset_name, own)
+    elif own is not None and is_stable_diffusion(own):
+        row = _stable_diffusion_row(dataset_name, own)
+        net, latent = _read_registered(row, own)
+    elif own is not None:
+        net, name = _read_own_teacher(own), dataset_name or own_name(own)
+        latent = _latent_space(net, name, str(own))
+        spec = DatasetSpec(name, "file", (str(own),), net.img_resolution, net.img_channels, net.label_dim)
+        row = spec if latent is None else get_row(name)
     elif dataset_name is None:
         raise UserError("is missing; give the name of a data set, or the file of a teacher", "dataset_name")
     else:
@@ -241,7 +245,7 @@ def own_name(model_path: str | os.PathLike) -> str:
     path = Path(model_path)
     if path.is_dir():
         return re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip(".-") or "folder"
-    return path.resolve().parent.name if path.name == "teacher.safetensors" else path.stem
+    return path.resolve().parent.name if path.name == TEACHER_FILE else path.stem
 
 
 def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
@@ -386,7 +390,7 @@ def save_student(path: str | Path, student: Student, training: dict[str, Any]) -
     save_network(path, student.net.state_dict(), settings)
 
 
-def load_student(path: str | os.PathLike, device: torch.device | str = "cpu") -> Student:
+def load_student(path: str | os.PathLike | int, device: torch.device | str = "cpu") -> Student:
     """A distilled model, in eval mode without gradients; `.sampling` holds its settings.
 
     Args:
@@ -439,17 +443,40 @@ def is_teacher_file(path: Path) -> bool:
     return read_settings(path).get("format") == "teacher"
 
 
-def find_student(path: str | os.PathLike, runs_dir: Path = RUNS_DIR) -> Path:
-    """Resolve a file, a run directory or a run number to the newest student file."""
-    if re.fullmatch(r"\d+", str(path)) and not Path(path).exists():
-        number = f"{int(str(path)):05d}"
-        runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
-        if not runs:
-            raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
-        path = runs[0]
-    if not Path(path).is_dir():
-        return Path(path)
-    snapshots = [(int(m[1]), p) for p in Path(path).iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
+def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """Resolve what commands take as a model: a file, a folder of diffusers, or a run by its directory or number.
+
+    Of a run it is the newest student, or the teacher that `training.pretrain` made there.
+
+    Raises:
+        UserError: no such run, or one without either.
+    """
+    found = find_run(path, runs_dir)
+    own = found / TEACHER_FILE
+    return own if own.is_file() else found if is_stable_diffusion(found) else _newest_student(found)
+
+
+def find_student(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """Resolve a file, a run directory or a run number to the newest student file; a UserError if there is none."""
+    return _newest_student(find_run(path, runs_dir))
+
+
+def find_run(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """The directory of a run number; any other path as it is."""
+    path = Path(str(path))
+    if not re.fullmatch(r"\d{1,9}", str(path)) or path.exists():
+        return path
+    number = f"{int(str(path)):05d}"
+    runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
+    if not runs:
+        raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
+    return runs[0]
+
+
+def _newest_student(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    snapshots = [(int(m[1]), p) for p in path.iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
     if not snapshots:
         raise UserError(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
     return max(snapshots)[1]

@@ -47,9 +47,8 @@ def _checked_seeds(seeds: Sequence[int]) -> list[int]:
     found = list(seeds)
     wrong = [seed for seed in found if not isinstance(seed, Integral) or not 0 <= seed < 2**32]
     if wrong or not found:
-        raise UserError(
-            f"seeds hold {str(wrong[0])[:40]!r}; expected integers from 0 to 2³²−1" if wrong else "no seeds"
-        )
+        problem = f"hold {str(wrong[0])[:40]!r}" if wrong else "are empty"
+        raise UserError(f"seeds {problem}; expected integers from 0 to 2³²−1")
     return [int(seed) for seed in found]
 
 

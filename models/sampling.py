@@ -18,10 +18,9 @@ from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 
-from .loading import find_student, is_teacher_file, load_student, load_teacher, read_sampling
+from .loading import find_model, is_teacher_file, load_student, load_teacher, read_sampling
 from .model import VARIABLE_STEPS, DiffusionModel, SamplingSettings, Student
 from .prompts import Prompts, choose_prompts
-from .published.diffusers import is_stable_diffusion
 from .published.diffusers_folder import folder_digest
 from .registry import get_row
 
@@ -211,7 +210,7 @@ NOT_OF_ALL = ("guidance_rate", "guide", "prompt", "prompts")
 
 @dataclass(frozen=True)
 class TeacherOptions(SamplerOptions):
-    """The same for a teacher, with its defaults."""
+    """The same for a teacher, with its defaults: EDM's own 35 evaluations, Heun from σ_max to σ_min and a step to 0."""
 
     num_steps: int = 18
     solver: str = "heun"
@@ -221,14 +220,20 @@ class TeacherOptions(SamplerOptions):
     schedule_type: str = "polynomial"
     schedule_rho: float = 7.0
     afs: bool = False
-    denoise_to_zero: bool = False
+    denoise_to_zero: bool = True  # of Heun; see `of`
+
+    @classmethod
+    def of(cls, options: SamplerOptions) -> TeacherOptions:
+        """These options, and the defaults; solvers other than Heun end at σ_min unless they are told not to."""
+        found = cls(**options.given())
+        return replace(found, denoise_to_zero=found.solver == "heun") if options.denoise_to_zero is None else found
 
 
 def teacher_sampler(
     teacher: DiffusionModel, options: SamplerOptions, prompts: Prompts | Sequence[str] | None = None
 ) -> Sampler:
     """A teacher with any solver and schedule, between its own noise levels."""
-    o = TeacherOptions(**options.given())
+    o = TeacherOptions.of(options)
     plan = teacher_plan(options, teacher.guidance_rate)
     try:
         sigmas = get_schedule(
@@ -241,7 +246,7 @@ def teacher_sampler(
 
 def teacher_plan(options: SamplerOptions, guidance_rate: float) -> SamplingPlan:
     """How a teacher of this `guidance_rate` is sampled; a UserError if there is no such solver."""
-    o = TeacherOptions(**options.given())
+    o = TeacherOptions.of(options)
     try:
         solver = get_solver(o.solver, o.max_order, o.predict_x0, o.lower_order_final, o.thresholding)
         plan = SamplingPlan(solver, o.num_steps, o.afs, guidance_rate, o.denoise_to_zero)
@@ -272,7 +277,7 @@ def _model_file(model_path: str) -> Path | None:
     """The file or folder of a model; None for a registered teacher."""
     if model_path == "teacher":
         return None
-    return Path(model_path) if is_stable_diffusion(Path(model_path)) else find_student(model_path)
+    return find_model(model_path)
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,7 @@ def open_sampler(
         model = load_teacher(dataset_name, path, device, options.guide)
         prompts = choose_prompts(model, options)
         sampler = teacher_sampler(model, options, prompts)
-        effective = TeacherOptions(**options.given())
+        effective = TeacherOptions.of(options)
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
         identity = {key: value for key, value in asdict(effective).items() if key not in NOT_OF_ALL}
         if options.guide is not None:
@@ -369,14 +374,14 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
     # What the student learnt from, or is sampled with.
     rate = settings.training_guidance_rate if settings.training_guidance_rate != 1 else plan.guidance_rate
-    choices = [(BEST, SamplerOptions(denoise_to_zero=True))]
+    choices = [(BEST, SamplerOptions())]
     choices += [(TRAINING_FREE[name], SamplerOptions(steps + 1, name)) for name, steps in training_free]
     name = model.sampling.teacher_path or model.dataset_name
     # What captions the images have is in the student's identity, for a text-conditioned one.
     shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity}
     found = []
     for label, chosen in choices:
-        options = TeacherOptions(**chosen.given(), guidance_rate=rate)
+        options = replace(TeacherOptions.of(chosen), guidance_rate=rate)
         identity = {"model": f"teacher of {name}", **(asdict(options) | shared)}
         found.append(ComparedSampler(label, teacher_sampler(teacher, options, student.sampler.prompts), identity))
     return found

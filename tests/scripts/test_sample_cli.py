@@ -290,9 +290,9 @@ def test_nfe_of_a_student_is_what_is_printed_and_computed(kind, num_steps, nfe):
 @pytest.mark.parametrize(
     "changes, nfe",
     [
-        ({}, 34), ({"solver": "heun", "num_steps": 5}, 8), ({"solver": "dpm", "num_steps": 5}, 8), ({"solver": "euler", "num_steps": 3}, 2),
+        ({}, 35), ({"solver": "heun", "num_steps": 5}, 9), ({"num_steps": 5, "denoise_to_zero": False}, 8), ({"solver": "dpm", "num_steps": 5}, 8), ({"solver": "euler", "num_steps": 3}, 2),
         ({"solver": "ipndm", "num_steps": 6}, 5), ({"solver": "dpmpp", "num_steps": 6}, 5), ({"solver": "dpmpp", "num_steps": 6, "afs": True}, 4),
-        ({"solver": "heun", "num_steps": 5, "afs": True}, 7), ({"solver": "euler", "num_steps": 4, "denoise_to_zero": True}, 4),
+        ({"solver": "heun", "num_steps": 5, "afs": True}, 8), ({"solver": "euler", "num_steps": 4, "denoise_to_zero": True}, 4),
     ],
 )  # fmt: skip
 def test_nfe_of_a_teacher_is_what_is_printed_and_computed(changes, nfe):
