@@ -61,15 +61,16 @@ class TableNoise:
 
 
 class DiscreteNoise(TableNoise):
-    """The table of latent diffusion and Stable Diffusion: variances of the noise added per step, even in their roots.
+    """The table of latent diffusion and Stable Diffusion, whose β are even in their roots, or of guided-diffusion.
 
     Args:
         linear_start, linear_end: β of the first and the last step.
         timesteps: N.
+        schedule: see `betas`.
     """
 
-    def __init__(self, linear_start: float, linear_end: float, timesteps: int) -> None:
-        super().__init__((1 - betas("scaled_linear", linear_start, linear_end, timesteps)).cumprod(0))
+    def __init__(self, linear_start: float, linear_end: float, timesteps: int, schedule: str = "scaled_linear") -> None:
+        super().__init__((1 - betas(schedule, linear_start, linear_end, timesteps)).cumprod(0))
 
 
 class FlowNoise:

@@ -106,7 +106,8 @@ class Precond(nn.Module):
             step_condition=None if step_condition is None else _on_device(step_condition, x),
             **model_kwargs,
         )
-        return _spread(c_skip) * x + _spread(c_out) * raw.float()
+        # Of the channels that are not of the state, an ODE has no use.
+        return _spread(c_skip) * x + _spread(c_out) * raw[:, : x.shape[1]].float()
 
     def _condition(self, class_labels: Tensor | None, condition: Tensor | None, x: Tensor) -> Tensor | None:
         """What the raw network is conditioned on: labels, text or nothing."""
@@ -277,10 +278,11 @@ class EDM2Precond(Precond):
 
 
 class ConsistencyPrecond(Precond):
-    """Denoiser of the diffusion teachers of consistency-models (Song et al. 2023, arXiv 2303.01469), unconditional.
+    """Denoiser of the diffusion teachers of consistency-models (Song et al. 2023, arXiv 2303.01469).
 
     Args:
         img_resolution, img_channels: image size and channels.
+        label_dim: number of classes, 0 for an unconditional model.
         sigma_data: expected standard deviation of the data.
         use_fp16: run the core in float16 where the input is on CUDA.
         The remaining arguments are those of `GuidedUNet`.
@@ -290,20 +292,22 @@ class ConsistencyPrecond(Precond):
         self,
         img_resolution: int,
         img_channels: int,
+        label_dim: int = 0,
         sigma_data: float = 0.5,
         use_fp16: bool = False,
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(img_resolution, img_channels, use_fp16=use_fp16)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
         self.sigma_data = sigma_data
         self.init_kwargs = dict(
             img_resolution=img_resolution,
             img_channels=img_channels,
+            label_dim=label_dim,
             sigma_data=sigma_data,
             use_fp16=use_fp16,
             **model_kwargs,
         )
-        self.model = GuidedUNet(img_channels, img_channels, **model_kwargs)
+        self.model = GuidedUNet(img_channels, img_channels, label_dim=label_dim, **model_kwargs)
 
     def scalings(self, sigma: Tensor) -> Scalings:
         c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
@@ -349,17 +353,69 @@ class CFGPrecond(Precond):
         self.model = GuidedUNet(img_channels, img_channels, context_dim=context_dim, **model_kwargs)
 
     def scalings(self, sigma: Tensor) -> Scalings:
-        return torch.ones_like(sigma), -sigma, 1 / (sigma.square() + 1).sqrt(), self.noise_schedule.step(sigma)
+        return _noise_scalings(sigma, self.noise_schedule)
+
+
+class ADMPrecond(Precond):
+    """Denoiser of a noise predictor of guided-diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233), on pixels.
+
+    Args:
+        img_resolution, img_channels: image size and channels.
+        label_dim: number of classes, 0 for an unconditional model.
+        linear_start, linear_end, timesteps: see `DiscreteNoise`; here β itself is even.
+        learn_sigma: the network says as many channels again, of the variance of ancestral steps; an ODE has no use
+            for them.
+        use_fp16: run the core in float16 where the input is on CUDA.
+        The remaining arguments are those of `GuidedUNet`.
+    """
+
+    noise_schedule: DiscreteNoise
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        linear_start: float = 1e-4,
+        linear_end: float = 0.02,
+        timesteps: int = 1000,
+        learn_sigma: bool = True,
+        use_fp16: bool = False,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self.noise_schedule = DiscreteNoise(linear_start, linear_end, timesteps, "linear")
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            timesteps=timesteps,
+            learn_sigma=learn_sigma,
+            use_fp16=use_fp16,
+            **model_kwargs,
+        )
+        out_channels = img_channels * (2 if learn_sigma else 1)
+        self.model = GuidedUNet(img_channels, out_channels, label_dim=label_dim, **model_kwargs)
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        return _noise_scalings(sigma, self.noise_schedule)
 
 
 #: The denoisers that a file may describe.
-PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond)}
+PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond, ADMPrecond)}
 
 
 def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in of EDM."""
     total = (sigma.square() + sigma_data**2).sqrt()
     return sigma_data**2 / total.square(), sigma * sigma_data / total, 1 / total
+
+
+def _noise_scalings(sigma: Tensor, noise: DiscreteNoise) -> Scalings:
+    """Those of a noise predictor: D = x − σ ε(x / √(1 + σ²); t(σ))."""
+    return torch.ones_like(sigma), -sigma, 1 / (sigma.square() + 1).sqrt(), noise.step(sigma)
 
 
 def _spread(value: Tensor) -> Tensor:

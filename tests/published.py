@@ -38,6 +38,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "network": dict(**{"class": "ConsistencyPrecond"}, img_resolution=8, img_channels=3, attention_type="flash",
                         num_head_channels=16, resblock_updown=True, dropout=0.1, **UNET),
     },
+    "lsun_cat": {
+        "network": dict(**{"class": "ConsistencyPrecond"}, img_resolution=8, img_channels=3, attention_type="flash",
+                        num_head_channels=16, resblock_updown=True, dropout=0.1, **UNET),
+    },
+    "imagenet64_cm": {
+        "network": dict(**{"class": "ConsistencyPrecond"}, img_resolution=8, img_channels=3, label_dim=1000,
+                        attention_type="flash", num_head_channels=16, resblock_updown=True, use_scale_shift_norm=True,
+                        dropout=0.1, **UNET),
+    },
+    **{name: {"network": dict(**{"class": "ADMPrecond"}, img_resolution=8, img_channels=3, label_dim=label_dim,
+                              attention_type="legacy", num_head_channels=16, resblock_updown=True,
+                              use_scale_shift_norm=True, **UNET)}
+       for name, label_dim in (("imagenet256_adm", 1000), ("imagenet256_adm_uncond", 0))},
     "lsun_bedroom_ldm": LDM_CONFIG,
     "ffhq_ldm": LDM_CONFIG,
     "ms_coco": {
@@ -114,7 +127,7 @@ def write_published(name: str, cache: Path, state: dict[str, Tensor] | None = No
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / row.sources[0].rsplit("/", 1)[1]
-    if row.loader == "consistency-models":
+    if row.loader == "state-dict":
         torch.save(unet_state(name) if state is None else state, path)
         return path
     state = latent_checkpoint(name, with_average=row.loader == "latent-diffusion") if state is None else state

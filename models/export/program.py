@@ -20,7 +20,6 @@ from torch_utils.device import PLAIN, use_path
 from ..guidance import Denoiser, guided
 from ..loading import row_config
 from ..noise import DiscreteNoise
-from ..precond import CFGPrecond
 from ..registry import get_row
 from .student import OpenedStudent
 
@@ -42,7 +41,7 @@ class StudentStep(nn.Module):
         super().__init__()
         self.has_text, self.guidance_rate = student.model.has_text, student.sampler.plan.guidance_rate
         self.net = student.net
-        if isinstance(student.net, CFGPrecond):
+        if student.net.noise_schedule is not None:
             student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *given: Tensor) -> Tensor:

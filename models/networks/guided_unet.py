@@ -1,7 +1,8 @@
 """The U-Net of the guided-diffusion family, under its published parameter names.
 
-One class serves three published models (Dhariwal & Nichol 2021, arXiv 2105.05233, and its descendants):
+One class serves the published models (Dhariwal & Nichol 2021, arXiv 2105.05233, and its descendants):
 
+    guided-diffusion,
     latent-diffusion       self-attention whose 3·C channels are split (head, q/k/v, channel), 1-D projections
     Stable Diffusion v1    transformer blocks: self-attention, attention to the text, feed-forward
     consistency-models     self-attention split (q/k/v, head, channel), 2-D projections, residual blocks that resample
@@ -87,6 +88,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ClassEmbedding(nn.Module):
+    """One vector for each class: labels `[B, label_dim]`, one-hot or zeros, to `[B, channels]`."""
+
+    def __init__(self, label_dim: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(label_dim, channels))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return labels @ self.weight.to(labels.dtype)
 
 
 class ResBlock(nn.Module):
@@ -240,16 +252,17 @@ class SpatialTransformer(nn.Module):
 
 
 class GuidedUNet(nn.Module):
-    """U-Net of latent-diffusion, Stable Diffusion v1 and the LSUN models of consistency-models.
+    """U-Net of guided-diffusion, latent-diffusion, Stable Diffusion v1 and consistency-models.
 
     Args:
-        in_channels, out_channels: channels of the states.
+        in_channels, out_channels: channels of the states, and of what is said of them.
         model_channels, channel_mult: width, and its multiplier per resolution.
         num_res_blocks: residual blocks per resolution.
         attention_resolutions: down-sampling factors at which there is attention.
         attention_type: `legacy` or `flash` self-attention, or `transformer` blocks that attend to a context.
         num_head_channels: channels of a head; or num_heads: number of heads. One of them.
         transformer_depth, context_dim: of the transformer blocks.
+        label_dim: number of classes, whose embedding is added to that of the noise level; 0 for none.
         dropout: probability in residual blocks.
         use_scale_shift_norm: embeddings scale and shift after the second normalisation, rather than shift before it.
         resblock_updown: residual blocks resample, rather than convolutions.
@@ -271,6 +284,7 @@ class GuidedUNet(nn.Module):
         num_heads: int | None = None,
         transformer_depth: int = 1,
         context_dim: int | None = None,
+        label_dim: int = 0,
         dropout: float = 0.0,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
@@ -301,6 +315,7 @@ class GuidedUNet(nn.Module):
 
         self.positions = PositionalEmbedding(model_channels)
         self.time_embed = _embedding_layers(model_channels, emb_channels)
+        self.label_emb = ClassEmbedding(label_dim, emb_channels) if label_dim else None
         self.nfe_embed = _embedding_layers(model_channels, emb_channels) if use_step_condition else None
         channels = model_channels * channel_mult[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(in_channels, channels, kernel=3, **OWN)])])
@@ -336,18 +351,21 @@ class GuidedUNet(nn.Module):
         self.out = nn.Sequential(_norm(channels), nn.SiLU(), last)
 
     def forward(
-        self, x: Tensor, times: Tensor, context: Tensor | None = None, step_condition: Tensor | None = None
+        self, x: Tensor, times: Tensor, cond: Tensor | None = None, step_condition: Tensor | None = None
     ) -> Tensor:
         """Raw output for `x` `[B, C, H, W]` at `times` `[1]` or `[B]`, which may be fractions.
 
-        `context` `[B, M, context_dim]` for transformer blocks; `step_condition` (scalar, `[1]` or `[B]`) is num_steps.
+        `cond` is the context `[B, M, context_dim]` of transformer blocks, or labels `[1, label_dim]` or
+        `[B, label_dim]`; `step_condition` (scalar, `[1]` or `[B]`) is num_steps.
         """
-        if (context is None) != (self.context_dim is None):
-            raise ValueError("a network with transformer blocks needs a context, another one takes none")
-        emb = self.time_embed(self.positions(times)).expand(x.shape[0], -1)
+        if (cond is None) != (self.context_dim is None and self.label_emb is None):
+            raise ValueError("a network with transformer blocks or classes needs a condition, another one takes none")
+        emb = self.time_embed(self.positions(times))
+        if self.label_emb is not None and cond is not None:
+            emb = emb + self.label_emb(cond.to(emb.dtype))
+        emb = emb.expand(x.shape[0], -1)
         step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
-        if context is not None:
-            context = context.to(x.dtype)
+        context = None if self.context_dim is None or cond is None else cond.to(x.dtype)
         x, skips = arrange(x), []
         for layers in self.input_blocks:
             x = self._run(layers, x, emb, step_emb, context)

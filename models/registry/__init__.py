@@ -20,7 +20,15 @@ CAPTIONS_URL = (
     "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/MS-COCO_val2014_30k_captions.csv"
 )
 
+CM_URL = "https://openaipublic.blob.core.windows.net/consistency"
+ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+
 EDM: dict[str, Any] = dict(loader="edm", licence="CC BY-NC-SA 4.0", origin="EDM")
+CM: dict[str, Any] = dict(loader="state-dict", licence="MIT", origin="Consistency Models")
+#: Their own noise levels, from that of the first step.
+ADM: dict[str, Any] = dict(
+    loader="state-dict", licence="MIT", origin="Guided Diffusion", sigma_min=0.01, sigma_max=None
+)
 LDM: dict[str, Any] = dict(loader="latent-diffusion", member="model.ckpt", codec="vq-f4", licence="MIT", origin="LDM")
 VQ_F4: dict[str, Any] = dict(resolution=256, latent_channels=3, latent_resolution=64, sigma_max=None)
 
@@ -31,8 +39,9 @@ class DatasetSpec:
 
     Attributes:
         name: the `dataset_name`.
-        loader: `embedded` (shipped with this program), `edm` (a pickle of NVlabs/edm), `consistency-models`,
-            `latent-diffusion`, `stable-diffusion`, or `file` (of the user).
+        loader: `embedded` (shipped with this program), `edm` (a pickle of NVlabs/edm), `state-dict` (bare, as
+            consistency-models and guided-diffusion publish), `latent-diffusion`, `stable-diffusion`, or `file` (of the
+            user).
         sources: addresses of the same file, tried in order; of an embedded one its name under `assets/`.
         resolution, channels: of the images.
         member: the file wanted, if the source is a zip archive.
@@ -44,6 +53,7 @@ class DatasetSpec:
         config: `models/configs/NAME.yaml` describes the networks; None where the file itself does.
         codec: first stage between pixels and latents, `vq-f4` or `kl-f8`.
         sha256: checksum of the file, where one is published.
+        size: bytes of the file, where that is known.
         licence, origin: of the weights.
     """
 
@@ -63,6 +73,7 @@ class DatasetSpec:
     config: str | None = None
     codec: str | None = None
     sha256: str | None = None
+    size: int | None = None
     licence: str = "unknown"
     origin: str = "file"
 
@@ -92,15 +103,16 @@ ROWS = {
                    config="afhqv2", **EDM),
         DatasetSpec("imagenet64", sources=(f"{EDM_URL}/edm-imagenet-64x64-cond-adm.pkl",), resolution=64,
                    label_dim=1000, config="imagenet64", **EDM),
-        DatasetSpec(
-            "lsun_bedroom",
-            "consistency-models",
-            ("https://openaipublic.blob.core.windows.net/consistency/edm_bedroom256_ema.pt",),
-            256,
-            config="lsun_bedroom",
-            licence="MIT",
-            origin="Consistency Models",
-        ),
+        DatasetSpec("lsun_bedroom", sources=(f"{CM_URL}/edm_bedroom256_ema.pt",), resolution=256,
+                    config="lsun_bedroom", **CM),
+        DatasetSpec("lsun_cat", sources=(f"{CM_URL}/edm_cat256_ema.pt",), resolution=256, config="lsun_cat", **CM),
+        DatasetSpec("imagenet64_cm", sources=(f"{CM_URL}/edm_imagenet64_ema.pt",), resolution=64, label_dim=1000,
+                    config="imagenet64_cm", **CM),
+        DatasetSpec("imagenet256_adm", sources=(f"{ADM_URL}/256x256_diffusion.pt",), resolution=256, label_dim=1000,
+                    config="imagenet256_adm", **ADM),
+        DatasetSpec("imagenet256_adm_uncond", sources=(f"{ADM_URL}/256x256_diffusion_uncond.pt",), resolution=256,
+                    config="imagenet256_adm_uncond", size=2_211_383_297,
+                    sha256="a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1", **ADM),
         DatasetSpec("lsun_bedroom_ldm", sources=(f"{LDM_URL}/lsun_bedrooms.zip",), config="lsun_bedroom_ldm",
                    **LDM, **VQ_F4),
         DatasetSpec("ffhq_ldm", sources=(f"{LDM_URL}/ffhq.zip",), config="ffhq_ldm", **LDM, **VQ_F4),
@@ -120,6 +132,7 @@ ROWS = {
             guidance_rate=7.5,
             config="ms_coco",
             codec="kl-f8",
+            size=4_265_380_512,
             sha256="cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516",
             licence="CreativeML OpenRAIL-M",
             origin="Stable Diffusion 1.5",
