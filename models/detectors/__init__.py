@@ -7,11 +7,9 @@ the published Inception weights alone, `FD(…)` for anything else.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from dnnlib import UserError, first_line, sha256_of
 from torch_utils.checkpoint import check_state_dict
 
+from ..published.torch_checkpoint import read_checkpoint
 from .efficientnet_lite import EfficientNetLite
 from .inception import RESIZES, InceptionV3
 
@@ -215,17 +214,9 @@ def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
 
 def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
     """Load a state dict, every name and shape checked; batch norm's counters, which nothing uses, may be missing."""
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a readable state dict ({reason}); get it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        name = type(network).__name__
-        raise UserError(f"{path} does not hold a state dict; expected names and tensors of {name}")
     expected = network.state_dict()
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
-    state = {**counters, **state}
+    state = {**counters, **read_checkpoint(path)}
     check_state_dict(expected, state, path)
     network.load_state_dict(state)
     network.eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle  # names of opcodes only
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def read_edm_pickle(path: str | os.PathLike) -> EDMPickle:
         UserError: no such file, a file of another kind, one that is damaged, or one that wants to run code.
     """
     try:
-        data = map_file(path)
+        data = map_file(path, "the pickle of an EDM network")
+        if data[:1] != pickle.PROTO:
+            raise Refused("is not a pickle (protocol 2 or later); expected the pickle of an EDM network")
         budget = Budget()
         content = Machine(data, 0, budget, _find_global).load()
         return _describe(content, budget, max_bytes=len(data))

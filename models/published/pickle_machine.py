@@ -40,13 +40,19 @@ def shown(text: str) -> str:
     return ascii(text[:100])[1:-1]
 
 
-def map_file(path: str | os.PathLike) -> memoryview:
+def map_file(path: str | os.PathLike, expected: str) -> memoryview:
+    """The bytes of a file, read when they are used; writing to them changes a copy.
+
+    Raises:
+        Refused: it is not there, is a folder, a pipe or a device, or is empty; `expected` says what it should be.
+    """
     if not os.path.isfile(path):
-        raise Refused("does not exist; expected the pickle of an EDM network")
+        kind = "is no regular file" if os.path.exists(path) and not os.path.isdir(path) else "does not exist"
+        raise Refused(f"{kind}; expected {expected}")
     with open(path, "rb") as file:
-        if file.read(1) != pickle.PROTO:
-            raise Refused("is not a pickle (protocol 2 or later); expected the pickle of an EDM network")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if os.fstat(file.fileno()).st_size == 0:
+            raise Refused(f"is empty; expected {expected}")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -319,6 +325,15 @@ class Machine:
             raise Refused("is refused: it builds something that is not a module or a dict")
         self.push({} if cls.module == "dnnlib.util" else ObjectRecord(cls.name))
 
+    def new_object_ex(self) -> None:
+        """The same with arguments by name, of which nothing here has any."""
+        if self.pop() != {}:
+            raise Refused("is refused: it builds something that is not a module or a dict")
+        self.new_object()
+
+    def frozen_set(self) -> None:
+        self.push(frozenset(_checked_keys(self.pop_mark())))
+
     def build(self) -> None:
         """`__setstate__`, which here stores a dict and does no more."""
         state = self.pop()
@@ -353,6 +368,7 @@ _HANDLERS: dict[int, Callable[[Machine], None]] = {
         pickle.BININT1: lambda m: m.push(m.number(1)),
         pickle.BININT2: lambda m: m.push(m.number(2)),
         pickle.LONG1: Machine.long_integer,
+        pickle.LONG4: lambda m: m.push(m.number(m.number(4), signed=True)),
         pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
         pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(m.number(1))),
         pickle.BINUNICODE: lambda m: m.push(m.text(m.number(4))),
@@ -362,6 +378,7 @@ _HANDLERS: dict[int, Callable[[Machine], None]] = {
         pickle.BINSTRING: lambda m: m.push(m.text(m.number(4))),
         pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number(1))),
         pickle.BINBYTES: lambda m: m.push(m.take(m.number(4))),
+        pickle.BYTEARRAY8: lambda m: m.push(m.take(m.number(8))),
         pickle.BINBYTES8: lambda m: m.push(m.take(m.number(8))),
         pickle.EMPTY_TUPLE: lambda m: m.push(()),
         pickle.TUPLE1: lambda m: m.push(tuple(m.pop_many(1))),
@@ -376,7 +393,7 @@ _HANDLERS: dict[int, Callable[[Machine], None]] = {
         pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
         pickle.EMPTY_SET: lambda m: m.push(set()),
         pickle.ADDITEMS: lambda m: m.add_items(m.pop_mark()),
-        pickle.FROZENSET: lambda m: m.push(frozenset(_checked_keys(m.pop_mark()))),
+        pickle.FROZENSET: lambda m: m.frozen_set(),
         pickle.BINPUT: lambda m: m.put(m.number(1)),
         pickle.LONG_BINPUT: lambda m: m.put(m.number(4)),
         pickle.MEMOIZE: lambda m: m.put(len(m.memo)),
@@ -384,9 +401,10 @@ _HANDLERS: dict[int, Callable[[Machine], None]] = {
         pickle.LONG_BINGET: lambda m: m.get(m.number(4)),
         pickle.GLOBAL: lambda m: m.push(m.find_global(m.line(), m.line())),
         pickle.STACK_GLOBAL: Machine.stack_global,
-        pickle.BINPERSID: Machine.persistent,
+        pickle.BINPERSID: lambda m: m.persistent(),
         pickle.REDUCE: lambda m: m.reduce(),
         pickle.NEWOBJ: lambda m: m.new_object(),
+        pickle.NEWOBJ_EX: lambda m: m.new_object_ex(),
         pickle.BUILD: lambda m: m.build(),
     }.items()
 }

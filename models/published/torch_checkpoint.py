@@ -1,11 +1,11 @@
 """Checkpoints and archives that other people publish, read without executing anything.
 
 A checkpoint is a state dict, bare or under `state_dict` in what PyTorch Lightning writes, in torch's zip format, in the
-format that torch had before, or as `.safetensors`. Lightning writes classes of its own beside the weights. So that
+format that torch had before, or as `.safetensors`. Trainings leave objects of their own beside the weights. So that
 neither they nor anything else is imported, `pickle` and `torch.load` never see the file (`weights_only=True` refuses
-such classes, and before torch 2.6 could be made to run code): the machine of `edm_pickle` interprets it, and what is
-neither a tensor nor a plain container becomes a placeholder without content if a training is known to leave it there,
-else the file is refused.
+such objects, and before torch 2.6 could be made to run code): `pickle_machine` interprets it, and an object becomes a
+placeholder without content. Only what is wanted has to be tensors. Nothing of a file runs here in any case; one that
+names functions, or the parts of Python's library that act on a system, is refused, with a warning for other programs.
 
 Tensors are views of the mapped file: only what is used is read, and memory is shared with other processes.
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import os
+import re
 import shutil
 import stat
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ from .pickle_machine import (
     Refused,
     StorageRecord,
     TensorRecord,
+    map_file,
     refuse_global,
     shown,
 )
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         UserError: no such file, a file of another kind, one that is damaged, or one that wants to run code.
     """
     try:
-        data = map_file(path)
+        data = map_file(path, "a checkpoint (.ckpt, .pt, .pth or .safetensors)")
         if data[:4] == b"PK\x03\x04":
             return _state_dict(_read_zip(path, data), len(data))
         if data[:1] == b"\x80":
@@ -74,15 +76,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise Refused("is not a checkpoint (.ckpt, .pt, .pth or .safetensors); it is damaged, or another file")
     except Refused as error:
         raise UserError(f"{path} {error}") from None
-
-
-def map_file(path: str | os.PathLike) -> memoryview:
-    if not os.path.isfile(path):
-        raise Refused("does not exist; expected a checkpoint (.ckpt, .pt, .pth or .safetensors)")
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise Refused("is empty; expected a checkpoint")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +94,8 @@ class _CheckpointMachine(Machine):
 
     def reduce(self) -> None:
         function, args = self.pop_many(2)
-        if function is _PLACEHOLDER:
+        is_known = type(args) is tuple and not any(arg is _PLACEHOLDER for arg in args)
+        if function is _PLACEHOLDER or not is_known:
             self.push(_PLACEHOLDER)
         else:
             self.stack += [function, args]
@@ -109,6 +103,23 @@ class _CheckpointMachine(Machine):
 
     def new_object(self) -> None:
         self.reduce()  # of what is known here, a class is no more than a function
+
+    def persistent(self) -> None:
+        """A storage of a kind that is not read stands for nothing."""
+        value = self.top()
+        if type(value) is tuple and any(part is _PLACEHOLDER for part in value):
+            self.pop()
+            self.push(_PLACEHOLDER)
+        else:
+            super().persistent()
+
+    def new_object_ex(self) -> None:
+        self.pop()
+        self.reduce()
+
+    def frozen_set(self) -> None:
+        self.pop_mark()
+        self.push(_PLACEHOLDER)
 
     def build(self) -> None:
         """State dicts carry the versions of their modules as attributes, which nothing needs."""
@@ -139,19 +150,39 @@ _TENSOR_FUNCTIONS = {
     ("collections", "OrderedDict"): FUNCTIONS["collections", "OrderedDict"],
 }
 _PLAIN_TYPES = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set"}
-_PLAIN_TYPES |= {"slice", "str", "tuple"}
+_PLAIN_TYPES |= {"slice", "str", "tuple", "Ellipsis", "NotImplemented"}
+#: Python's library under names that it no longer has, or not everywhere.
+_LIBRARY = {"__builtin__", "commands", "posix", "nt", "posixpath", "ntpath", "imp", "distutils", "__main__"}
 _NUMPY_FUNCTIONS = {"scalar", "_reconstruct"}
-#: What a training leaves beside the weights, by module: these names, or (None) all there are.
+#: What makes values and no more, by module: these names, or (None) all there are. Beside that, the names of classes of
+#: packages outside of Python's library stand for nothing.
 _HARMLESS: dict[str, set[str] | None] = {
     **dict.fromkeys(("builtins", "__builtin__"), _PLAIN_TYPES),
     **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), _NUMPY_FUNCTIONS),
     "numpy": {"dtype", "ndarray"},
+    "numpy.random": None,
     "collections": {"defaultdict", "deque", "Counter"},
+    "copyreg": {"_reconstructor"},
     "_codecs": {"encode"},
+    "datetime": None,
+    "decimal": {"Decimal"},
+    "fractions": {"Fraction"},
+    "functools": {"partial"},
+    "uuid": {"UUID", "SafeUUID"},
+    "types": {"SimpleNamespace"},
     "argparse": {"Namespace"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
     "typing": {"Any"},
-    "torch": {"device", "Size", *(str(dtype).split(".")[1] for dtype in STORAGE_DTYPES.values())},
+    "torch": {
+        "device",
+        "Size",
+        "per_tensor_affine",
+        "per_channel_affine",
+        *(str(dtype).split(".")[1] for dtype in STORAGE_DTYPES.values()),
+    },
+    "torch._utils": {"_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_device_tensor_from_numpy"},
+    "torch.serialization": {"_get_layout"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
     "torch.nn": None,
     "torch.optim": None,
     "pytorch_lightning": None,
@@ -169,8 +200,11 @@ def _find_global(module: str, name: str) -> Any:
         return STORAGE_DTYPES[name]
     if name in (_HARMLESS.get(module) or ()):
         return _PLACEHOLDER
-    packages = itertools.accumulate(module.split("."), lambda parent, child: f"{parent}.{child}")
+    packages = list(itertools.accumulate(module.split("."), lambda parent, child: f"{parent}.{child}"))
     if any(_HARMLESS.get(package, ()) is None for package in packages):
+        return _PLACEHOLDER
+    is_class = re.fullmatch(r"_*[A-Z]\w*", name.rpartition(".")[2])
+    if is_class and packages[0] not in sys.stdlib_module_names and packages[0] not in _LIBRARY:
         return _PLACEHOLDER
     raise refuse_global(module, name)
 
@@ -265,14 +299,14 @@ def _id(value: Any) -> tuple[str, torch.dtype, int]:
 
 
 def _state_dict(content: Any, max_bytes: int) -> dict[str, Tensor]:
-    """The wanted records as tensors that take no more memory than the file."""
+    """The tensors of a state dict, which take no more memory than the file; what else it holds is left out."""
     if type(content) is dict and type(content.get("state_dict")) is dict:
         content = content["state_dict"]
     if type(content) is not dict or not content:
         raise Refused("does not hold a state dict; expected names and tensors, bare or under 'state_dict'")
-    strange = next((name for name, value in content.items() if type(value) is not TensorRecord), None)
-    if strange is not None:
-        raise Refused(f"does not hold a state dict: {shown(strange)} is not a tensor")
+    names, content = list(content), {name: value for name, value in content.items() if type(value) is TensorRecord}
+    if not content:
+        raise Refused(f"does not hold a state dict: {shown(names[0])} is not a tensor")
     storages = {id(record.storage): record.storage for record in content.values()}
     _check_memory((storage.data.nbytes for storage in storages.values()), max_bytes)
     views = {key: _flat(storage) for key, storage in storages.items()}

@@ -174,7 +174,7 @@ def test_unusable_detectors_are_one_clear_line(tmp_path):
     (tmp_path / "noise.pt").write_bytes(b"noise")
     for name, words in {
         "nothing": "unknown", "absent.pth": "does not exist", "other.pth": "does not fit", "list.pth": "state dict",
-        "noise.pth": "not a readable", "empty.pth": "not a readable", "noise.pt": "not TorchScript",
+        "noise.pth": "is damaged", "empty.pth": "is empty", "noise.pt": "not TorchScript",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words) as error:
             load_detector(str(tmp_path / name) if "." in name else name, runs_code=True)

@@ -4,15 +4,21 @@ import argparse
 import builtins
 import collections
 import contextlib
+import datetime
+import decimal
 import hashlib
 import io
+import logging
 import os
 import pickle
+import random
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import types
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -155,6 +161,65 @@ def test_what_a_training_leaves_beside_the_weights_is_not_imported(tmp_path, sav
     assert same(state, tensors()) and not any(name in sys.modules for name in lightning)
 
 
+def extras():
+    """What trainings were seen to leave beside the weights, each by its name."""
+    return {
+        "datetime": datetime.datetime.now(datetime.timezone.utc), "timedelta": datetime.timedelta(1),
+        "TorchVersion": torch.torch_version.TorchVersion("2.1.0"), "decimal": decimal.Decimal("1.5"),
+        "uuid": uuid.uuid4(), "numpy state": np.random.get_state(), "numpy generator": np.random.default_rng(1),
+        "random state": random.getstate(), "torch state": torch.get_rng_state(), "date": np.datetime64("2020-01-01"),
+        "text type": np.dtype("U5"), "sparse": torch.eye(3).to_sparse(), "set": frozenset({1, (2,)}),
+        "bytes": bytearray(b"ab"), "integer": 2**3000, "slice": slice(1), "complex": 1j, "ellipsis": Ellipsis,
+        "keys": {1: 2, (3, 4): 5, None: 6},
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@FORMATS
+@pytest.mark.parametrize("name", extras())
+def test_harmless_objects_beside_the_weights_are_passed_over(tmp_path, save, name):
+    for content in ({"state_dict": tensors(), "more": extras()[name]}, {**tensors(), "more": extras()[name]}):
+        save(content, tmp_path / "a.ckpt")
+        found = read_checkpoint(tmp_path / "a.ckpt")
+        found.pop("more", None)  # a tensor
+        assert same(found, tensors())
+
+
+@FORMATS
+def test_objects_of_other_packages_beside_the_weights_are_passed_over(tmp_path, save, monkeypatch):
+    """Trainers of transformers keep their arguments there, with enumerations and settings of other packages."""
+    module = types.ModuleType("transformers.training_args")
+    source = """
+import enum
+class Strategy(enum.Enum):
+    STEPS = "steps"
+class Arguments:
+    def __init__(self): self.strategy, self.seeds = Strategy.STEPS, {1, 2}
+class WithNames:
+    def __new__(cls, *args, **names): return object.__new__(cls)
+    def __getnewargs_ex__(self): return (1,), {"a": 2}
+"""
+    exec(source, module.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers.training_args", module)
+        for protocol in (2, 4):
+            content = {"state_dict": tensors(), "args": module.Arguments()}
+            if protocol == 4:  # before, names were given by a call of `getattr`
+                content["more"] = module.WithNames()
+            torch.save(content, tmp_path / f"{protocol}.ckpt", pickle_protocol=protocol)
+    for protocol in (2, 4):
+        assert same(read_checkpoint(tmp_path / f"{protocol}.ckpt"), tensors())
+
+
+@FORMATS
+def test_what_is_wanted_must_be_tensors(tmp_path, save):
+    """A weight that is something else is missed by name where the network is filled, and no tensor at all is said."""
+    save({"state_dict": {"weight": datetime.timedelta(1)}}, tmp_path / "a.ckpt")
+    assert "does not hold a state dict: weight is not a tensor" in error_of(tmp_path / "a.ckpt")
+    save({"a": torch.ones(1), "b": decimal.Decimal(1)}, tmp_path / "a.ckpt")
+    assert list(read_checkpoint(tmp_path / "a.ckpt")) == ["a"]
+
+
 def test_tensors_are_views_of_the_file(tmp_path):
     """A file of gigabytes is neither copied nor read before its tensors are, and never changed."""
     path = tmp_path / "a.ckpt"
@@ -216,6 +281,9 @@ ATTACKS = {
     "from a placeholder": lambda c: Calls(builtins.getattr, collections.defaultdict(list), "__class__"),
     "eval in a set": lambda c: {Calls(eval, f"open({str(c)!r}, 'w')")},
     "state": lambda c: Sets(os.system, f"touch {c}"),
+    "class that acts": lambda c: Calls(io.FileIO, str(c), "w"),
+    "logging": lambda c: Calls(logging.FileHandler, str(c)),
+    "thread": lambda c: Calls(threading.Timer, 0, print),
 }
 
 
@@ -315,7 +383,7 @@ LIES = {
     "repeated values": (dict(size=(2**40,), stride=(0,)), VALUES, "outside of its storage"),
     "no such storage": (dict(key="1"), VALUES, "does not hold archive/data/1"),
     "a path": (dict(key="../../../etc/passwd"), VALUES, "does not hold"),
-    "strange storage": (dict(storage="Storage"), VALUES, "wants to run code"),
+    "strange storage": (dict(storage="Storage"), VALUES, "0000 is not a tensor"),
     "big-endian": (dict(), {**VALUES, "byteorder": b"big"}, "big-endian"),
 }  # fmt: skip
 
@@ -410,6 +478,8 @@ def test_other_files(tmp_path, content, message):
 
 def test_files_that_are_not_there_or_hold_no_weights(tmp_path):
     assert "does not exist; expected a checkpoint" in error_of(tmp_path / "a.ckpt")
+    os.mkfifo(tmp_path / "pipe.ckpt")  # opening it would wait for ever
+    assert "is no regular file; expected a checkpoint" in error_of(tmp_path / "pipe.ckpt")
     assert "does not exist" in error_of(tmp_path)
     path = tmp_path / "a.pt"
     for content in ([torch.ones(1)], {}, torch.ones(1), {"state_dict": {}}):
