@@ -10,24 +10,28 @@ https://huggingface.co), `RANK` (only rank 0 prints), and the proxy variables th
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import requests
 from tqdm import tqdm
 
+from .checksums import cache_dir, is_first_rank, is_there, locked, mismatch, recorded_digest, say, write_record
 from .errors import UserError
 from .files import sha256_of, write_text
+
+__all__ = ["HUB", "cache_dir", "derive", "fetch", "is_offline"]
 
 HUB = "https://huggingface.co/"
 TIMEOUTS = (15, 60)  # seconds to connect, and between two pieces of data
@@ -36,6 +40,10 @@ BACKOFF = 1.0  # seconds before the second attempt; they double
 #: An attempt that brings this many new bytes starts the count anew: large files survive bad connections.
 PROGRESS = 1 << 20
 CHUNK = 1 << 16
+#: A piece of `CHUNK` bytes that takes longer ends the attempt, a file that takes longer is given up.
+PIECE_SECONDS, MAX_SECONDS = 60.0, 24 * 3600.0
+#: Of a file whose size is not known. The largest that is has 4.3 GB.
+MAX_SIZE = 32 << 30
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -47,12 +55,13 @@ class _Interrupted(Exception):
     """An attempt ended early, and another one may help."""
 
 
-def cache_dir() -> Path:
-    """Where downloaded files go: `SFD_CACHE`, or `./src`."""
-    return Path(os.environ.get("SFD_CACHE") or "src")
-
-
-def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = None, offline: bool | None = None) -> Path:
+def fetch(
+    urls: Sequence[str],
+    dest: str | os.PathLike,
+    sha256: str | None = None,
+    offline: bool | None = None,
+    size: int | None = None,
+) -> Path:
     """Make sure that a published file is at `dest`, and return that path.
 
     Args:
@@ -60,6 +69,7 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
         dest: where it belongs; directories are made.
         sha256: its published checksum, or the first digits of it (at least 8); None if none is published.
         offline: never use the network; None asks `SFD_OFFLINE`.
+        size: its bytes, where they are known; else at most `MAX_SIZE` are taken.
 
     Raises:
         UserError: the file is neither there nor to be had, or it is not the expected one.
@@ -71,7 +81,7 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
         raise ValueError(f"sha256 is {sha256!r}, expected 8 to 64 lower-case hexadecimal digits")
     urls = [_via_endpoint(url) for url in urls]
     with _one_line_errors(f"fetch {_shown(urls[0])}", dest):
-        if _is_there(dest, sha256):
+        if is_there(dest, sha256):
             return dest
         if is_offline() if offline is None else offline:
             raise UserError(
@@ -79,9 +89,9 @@ def fetch(urls: Sequence[str], dest: str | os.PathLike, sha256: str | None = Non
                 "or run without --offline and SFD_OFFLINE"
             )
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(dest, "fetching"):
-            if not _is_there(dest, sha256):
-                _download(urls, dest, sha256)
+        with locked(dest, "fetching"):
+            if not is_there(dest, sha256):
+                _download(urls, dest, sha256, size)
     return dest
 
 
@@ -95,13 +105,13 @@ def derive(dest: str | os.PathLike, make: Callable[[], object]) -> Path:
     """
     dest = Path(dest)
     with _one_line_errors(f"make {dest}", dest):
-        if _is_there(dest, None):
+        if is_there(dest, None):
             return dest
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(dest, "making"):
-            if not _is_there(dest, None):
+        with locked(dest, "making"):
+            if not is_there(dest, None):
                 make()
-                _is_there(dest, None)
+                is_there(dest, None)
     return dest
 
 
@@ -130,112 +140,6 @@ def _via_endpoint(url: str) -> str:
 def _shown(url: str) -> str:
     """A URL on one line, without the password that the endpoint of an institution may have in it."""
     return ascii(re.sub(r"//[^/@]*@", "//", url))[1:-1]
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(line: str) -> None:
-    if _is_first_rank():
-        click.echo(line, err=True)
-
-
-@contextmanager
-def _locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, whose directory is there.
-
-    The lock's own file beside it stays: if it were removed, two processes could lock one name.
-    """
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"another process is {doing} {path}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Checksums
-
-
-def _is_there(dest: Path, sha256: str | None) -> bool:
-    """Whether `dest` exists; if so, it is verified, by its size and time where they say that nothing has changed."""
-    if not dest.exists():
-        return False
-    if not dest.is_file():
-        raise UserError(f"{dest} is not a file; move it away to have the file fetched there")
-    entry, stat = _read_record().get(_key(dest), {}), dest.stat()
-    unchanged = (entry.get("size"), entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-    digest = entry["sha256"] if unchanged else sha256_of(dest)
-    difference = _difference(digest, dest, sha256)
-    if difference:
-        raise UserError(f"{dest} is not the expected file: {difference}; delete it to have it fetched again")
-    if not unchanged:
-        _write_record(dest, digest)
-    return True
-
-
-def _difference(digest: str, dest: Path, sha256: str | None) -> str | None:
-    """Why a file with checksum `digest` cannot be `dest`; None if it can."""
-    if sha256 is not None and not digest.startswith(sha256):
-        return f"its sha256 is {digest[:16]}…, the published one {sha256[:16]}…"
-    recorded = _recorded_digest(dest, sha256)
-    if recorded is not None and digest != recorded:
-        return (
-            f"its sha256 is {digest[:16]}…, that of its first use, recorded in {_record_path()}, {recorded[:16]}… "
-            "(remove that entry if the file was renewed)"
-        )
-    return None
-
-
-def _recorded_digest(dest: Path, sha256: str | None) -> str | None:
-    """The recorded checksum, where it counts: a complete published one is the last word, digits of one are not."""
-    if sha256 is not None and len(sha256) == 64:
-        return None
-    return _read_record().get(_key(dest), {}).get("sha256")
-
-
-def _record_path() -> Path:
-    return cache_dir() / "checksums.json"
-
-
-def _key(path: Path) -> str:
-    """A file's name in the record, relative to the cache so that the cache can be moved."""
-    path, root = path.absolute(), cache_dir().absolute()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-def _read_record() -> dict[str, Any]:
-    path = _record_path()
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not all(isinstance(entry["sha256"], str) for entry in record.values()):
-            raise TypeError
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(
-            f"{path} is damaged; expected the checksums of downloaded files: mend it, or delete it to record them anew"
-        ) from None
-    return record
-
-
-def _write_record(dest: Path, digest: str) -> None:
-    """Note a file's checksum, with the size and time that tell whether the file has changed since."""
-    path, stat = _record_path(), dest.stat()
-    entry = {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path, "writing"):
-            record = {**_read_record(), _key(dest): entry}
-            write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        # A shared cache that somebody else has filled; without a record the file is read in full each time.
-        _say(f"cannot record the checksum of {dest}: {path}: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -277,18 +181,18 @@ class _Part:
         self.discard()
 
 
-def _download(urls: Sequence[str], dest: Path, sha256: str | None) -> None:
+def _download(urls: Sequence[str], dest: Path, sha256: str | None, size: int | None) -> None:
     """Try the mirrors in order until one gives the expected file."""
     failures = []
     for url in urls:
         try:
-            digest = _download_from(url, dest, sha256)
+            digest = _download_from(url, dest, sha256, size)
         except _Failed as error:
             failures.append(f"{_shown(url)}: {error}")
             if len(failures) < len(urls):
-                _say(f"{failures[-1]}; trying the next address")
+                say(f"{failures[-1]}; trying the next address")
             continue
-        _write_record(dest, digest)
+        write_record(dest, digest)
         return
     raise UserError(
         f"cannot fetch {dest.name} ({'; '.join(failures)}); put the file by hand at {dest}, "
@@ -296,26 +200,26 @@ def _download(urls: Sequence[str], dest: Path, sha256: str | None) -> None:
     )
 
 
-def _download_from(url: str, dest: Path, sha256: str | None) -> str:
+def _download_from(url: str, dest: Path, sha256: str | None, size: int | None) -> str:
     """Download from one mirror → the checksum of the file, which is then at `dest`."""
     part = _Part(dest)
-    has_checksum = sha256 is not None or _recorded_digest(dest, sha256) is not None
+    has_checksum = sha256 is not None or recorded_digest(dest, sha256) is not None
     # What a checksum will judge may be continued from anywhere.
     if not has_checksum and (part.origin.get("url") != url or not _has_version(part.origin)):
         part.discard()
-    is_inherited, best, attempts = part.size > 0, part.size, 0
+    is_inherited, best, attempts, end = part.size > 0, part.size, 0, time.monotonic() + MAX_SECONDS
     while True:
         try:
-            _transfer(url, part, has_checksum)
+            _transfer(url, part, has_checksum, size, end)
         except _Interrupted as error:
             attempts, best = (0, part.size) if part.size >= best + PROGRESS else (attempts + 1, best)
-            if attempts == ATTEMPTS:
-                raise _Failed(f"{error}; gave up after {part.size} bytes and {ATTEMPTS} attempts") from None
-            _say(f"{_shown(url)}: {error}; trying again")
+            if attempts == ATTEMPTS or time.monotonic() > end:
+                raise _Failed(f"{error}; gave up after {part.size} bytes and {attempts or 1} attempts") from None
+            say(f"{_shown(url)}: {error}; trying again")
             time.sleep(BACKOFF * 2 ** max(attempts - 1, 0))
             continue
         digest = sha256_of(part.path)
-        difference = _difference(digest, dest, sha256)
+        difference = mismatch(digest, dest, sha256)
         if difference is None:
             part.finish(dest)
             return digest
@@ -325,8 +229,11 @@ def _download_from(url: str, dest: Path, sha256: str | None) -> str:
         is_inherited, best = False, 0  # its beginning may have been of another file: once more
 
 
-def _transfer(url: str, part: _Part, has_checksum: bool) -> None:
-    """One request for what `part` lacks, or for everything if the server cannot continue it."""
+def _transfer(url: str, part: _Part, has_checksum: bool, known: int | None, end: float) -> None:
+    """One request for what `part` lacks, or for everything if the server cannot continue it.
+
+    It ends at the time `end` at the latest, and with more bytes than are `known` of the file.
+    """
     if part.size and part.size == part.origin.get("size"):
         return
     # Compressed on the way, neither length nor range would be those of the file.
@@ -336,7 +243,11 @@ def _transfer(url: str, part: _Part, has_checksum: bool) -> None:
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
             size = _begin(url, part, response, has_checksum)
-            _append(part, response, size)
+            if known is not None and size not in (None, known):
+                part.discard()
+                raise _Failed(f"announces {size:,} bytes, the published file has {known:,}")
+            with _Pace(response, end) as pace:
+                _append(part, response, size, known or MAX_SIZE, pace)
     except (requests.exceptions.SSLError, requests.TooManyRedirects, ValueError) as error:  # ValueError: a useless URL
         raise _Failed(_cause(error)) from None
     except requests.RequestException as error:
@@ -389,13 +300,67 @@ def _has_version(origin: dict[str, Any]) -> bool:
     return bool(origin.get("etag") or origin.get("modified"))
 
 
-def _append(part: _Part, response: requests.Response, size: int | None) -> None:
+class _Pace:
+    """Ends an answer whose pieces come too slowly, or that takes too long in all.
+
+    Timeouts of sockets do not: a server that sends a byte a second never meets one, and a read waits for all of its
+    bytes. So another thread looks at the clock, and shuts the connection down.
+    """
+
+    def __init__(self, response: requests.Response, end: float) -> None:
+        self._end = end
+        self._socket = socket.socket(fileno=os.dup(response.raw.fileno()))
+        self._ended, self.reason = threading.Event(), ""
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.piece()
+
+    def piece(self) -> None:
+        """Another one has come."""
+        self._deadline = time.monotonic() + PIECE_SECONDS
+
+    def _watch(self) -> None:
+        while not self._ended.wait(PIECE_SECONDS / 60):
+            now = time.monotonic()
+            if now > self._end:
+                self.reason = f"takes more than {MAX_SECONDS / 3600:g} hours"
+            elif now > self._deadline:
+                self.reason = f"sends less than {CHUNK / PIECE_SECONDS / 1000:.2g} kB a second"
+            if self.reason:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                return
+
+    def __enter__(self) -> _Pace:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._socket.close()
+        if self.reason and (error is None or isinstance(error, requests.RequestException)):
+            raise _Interrupted(self.reason) from None
+
+
+def _append(part: _Part, response: requests.Response, size: int | None, limit: int, pace: _Pace) -> None:
+    """Write what comes; what has filled the disk, or is more than the `limit`, is removed."""
     name = part.path.name[: -len(".part")]
-    options = dict(unit="B", unit_scale=True, desc=name, disable=not _is_first_rank())
-    with open(part.path, "ab") as file, tqdm(total=size, initial=part.size, **options) as progress:
-        for chunk in response.iter_content(CHUNK):
-            file.write(chunk)
-            progress.update(len(chunk))
+    options = dict(unit="B", unit_scale=True, desc=name, disable=not is_first_rank())
+    total = part.size
+    try:
+        with open(part.path, "ab") as file, tqdm(total=size, initial=total, **options) as progress:
+            for chunk in response.iter_content(CHUNK):
+                pace.piece()
+                total += len(chunk)
+                if total > limit:
+                    part.discard()
+                    raise _Failed(f"sends more than {limit:,} bytes")
+                file.write(chunk)
+                progress.update(len(chunk))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            part.discard()
+        raise
 
 
 def _cause(error: BaseException) -> str:

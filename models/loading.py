@@ -47,7 +47,8 @@ CONFIGS = Path(__file__).parent / "configs"
 RANGES = {
     "sigma_data": (1e-6, 1e3), "dropout": (0.0, 1), "label_dropout": (0.0, 1), "linear_start": (1e-8, 0.999),
     "linear_end": (1e-8, 0.999), "timesteps": (2, 100_000), "num_res_blocks": (1, 16), "transformer_depth": (1, 16),
-    "img_resolution": (1, 1 << 14), "label_balance": (0.0, 1), "concat_balance": (0.0, 1), "res_balance": (0.0, 1),
+    "img_resolution": (1, 1 << 14), "img_channels": (1, 1 << 12), "label_dim": (0, 1_000_000), "num_blocks": (1, 64),
+    "model_channels": (1, 1 << 14), "label_balance": (0.0, 1), "concat_balance": (0.0, 1), "res_balance": (0.0, 1),
     "attn_balance": (0.0, 1), "clip_act": (1e-3, 1e9),
 }  # fmt: skip
 
@@ -79,7 +80,9 @@ def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
     arguments = {name: value for name, value in spec.items() if name != "class"}
     name = spec.get("class")
     if not isinstance(name, str) or name not in DENOISERS:
-        raise UserError(f"{source} holds a network of class {str(name)[:60]!r}; expected {', '.join(DENOISERS)}")
+        raise UserError(
+            f"{source} holds a network of class {first_line(repr(name), 40)}; expected {', '.join(DENOISERS)}"
+        )
     _check_arguments(DENOISERS[name], arguments, source)
     try:
         with torch.device("meta"):
@@ -97,18 +100,19 @@ def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str)
     for network in raw.get(cls, (GuidedUNet,)):
         known |= set(inspect.signature(network).parameters)
     unknown = set(arguments) - known
-    blocks, levels = arguments.get("num_blocks", 1), arguments.get("channel_mult", [])
     if unknown:
-        raise UserError(f"{source} describes a network with unknown arguments: {', '.join(sorted(unknown))}")
+        names = first_line(", ".join(sorted(unknown)))
+        raise UserError(f"{source} describes a network with unknown arguments: {names}")
     for name, (lowest, highest) in RANGES.items():
         value = arguments.get(name, lowest)
         types = (int,) if isinstance(lowest, int) else (int, float)
         if type(value) not in types or not lowest <= value <= highest:
-            raise UserError(f"{source} describes a network with {name} {value!r}; expected {lowest:g} to {highest:g}")
-    if not isinstance(blocks, int) or blocks > 64 or not isinstance(levels, (list, tuple)) or len(levels) > 16:
-        raise UserError(
-            f"{source} describes an unusable network (num_blocks {blocks!r}, channel_mult {str(levels)[:60]})"
-        )
+            found = first_line(repr(value), 60)
+            raise UserError(f"{source} describes a network with {name} {found}; expected {lowest:g} to {highest:g}")
+    levels = arguments.get("channel_mult", [])
+    if not isinstance(levels, (list, tuple)) or len(levels) > 16:
+        found = first_line(repr(levels), 60)
+        raise UserError(f"{source} describes a network with channel_mult {found}; expected a list of up to 16 numbers")
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
 from torch_utils.images import to_uint8
 
@@ -118,8 +118,8 @@ class SamplingSettings:
         try:
             fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source} does not hold usable sampling settings ({error})") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{source} does not hold usable sampling settings ({first_line(error)})") from None
 
 
 class DiffusionModel(nn.Module):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line
 from torch_utils.checkpoint import PathLike
 from torch_utils.random import stacked_randint
 
@@ -40,7 +40,7 @@ def read_prompts(path: PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path} is not a readable .csv ({error})") from None
+        raise UserError(f"{path} is not a readable .csv ({first_line(error)})") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     captions = [caption.strip() for caption in captions if caption.strip()]

@@ -26,7 +26,7 @@ INCEPTION_URLS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
-INCEPTION_SHA256 = "6726825d"
+INCEPTION_SHA256, INCEPTION_SIZE = "6726825d", 95_628_359
 INCEPTION_FILE = "inception-2015-12-05.pth"
 
 
@@ -164,7 +164,7 @@ def load_detector(
 def fetch_inception() -> Path:
     from dnnlib.download import cache_dir, fetch  # keeps requests out of programs that never download
 
-    return fetch(INCEPTION_URLS, cache_dir() / INCEPTION_FILE, sha256=INCEPTION_SHA256)
+    return fetch(INCEPTION_URLS, cache_dir() / INCEPTION_FILE, INCEPTION_SHA256, size=INCEPTION_SIZE)
 
 
 def _inception(path: Path, resize: str, device: torch.device) -> Detector:

@@ -41,7 +41,7 @@ HEADS_URLS = (
 HEADS_FILE = "weights-vgg16-lpips.pth"
 #: VGG-16 trained on ImageNet; torchvision's file has the first digits of its checksum in its name.
 VGG_URLS = ("https://download.pytorch.org/models/vgg16-397923af.pth",)
-VGG_FILE, VGG_SHA256 = "vgg16-397923af.pth", "397923af"
+VGG_FILE, VGG_SHA256, VGG_SIZE = "vgg16-397923af.pth", "397923af", 553_433_881
 
 #: Channels of VGG-16's convolutions between poolings.
 LEVELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -111,7 +111,7 @@ def fetch_lpips() -> list[Path]:
         UserError: one is not to be had, or is not the expected one.
     """
     folder = cache_dir() / "lpips"
-    return [fetch(HEADS_URLS, folder / HEADS_FILE), fetch(VGG_URLS, folder / VGG_FILE, sha256=VGG_SHA256)]
+    return [fetch(HEADS_URLS, folder / HEADS_FILE), fetch(VGG_URLS, folder / VGG_FILE, VGG_SHA256, size=VGG_SIZE)]
 
 
 def load_lpips(mode: str, device: torch.device | str = "cpu") -> LPIPS:

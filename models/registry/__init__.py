@@ -162,9 +162,9 @@ def fetch_weights(row: DatasetSpec, offline: bool | None = None) -> Path:
         return row.path
     member = row.member
     if member is None:
-        return fetch(row.sources, row.path, row.sha256, offline)
+        return fetch(row.sources, row.path, row.sha256, offline, row.size)
     if not row.weights_path.exists():
-        fetch(row.sources, row.path, row.sha256, offline)
+        fetch(row.sources, row.path, row.sha256, offline, row.size)
     return derive(row.weights_path, lambda: extract_member(row.path, member, row.weights_path))
 
 

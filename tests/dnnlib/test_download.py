@@ -1,5 +1,6 @@
 """Downloads against a local server that behaves as badly as real ones do."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import requests
 from conftest import ROOT
 
-from dnnlib import UserError, download
+from dnnlib import UserError, checksums, download
 from dnnlib.download import cache_dir, derive, fetch
 from dnnlib.options import offline_option
 
@@ -103,6 +104,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def endless(self, count):
         self.answer(Content_Length=10**17)
+
+    def without_end(self, count):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while True:  # until the client hangs up
+            self.wfile.write(f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n")
+
+    def trickle(self, count, in_chunks="", begin="0"):
+        """`begin` bytes at once, then a byte each tenth of a second."""
+        self.send_response(200)
+        self.send_header("ETag", '"v1"')
+        self.send_header(*(("Transfer-Encoding", "chunked") if in_chunks else ("Content-Length", str(len(BODY)))))
+        self.end_headers()
+        self.wfile.write(f"{len(BODY):x}\r\n".encode() if in_chunks else b"")
+        self.wfile.write(BODY[: int(begin)])
+        for i in range(int(begin), len(BODY)):
+            time.sleep(0.1)
+            self.wfile.write(BODY[i : i + 1])
 
     def no_length(self, count):
         self.answer(length=False)
@@ -301,7 +321,7 @@ def test_record_that_cannot_be_written(server, dest, monkeypatch, capsys):
 
     dest.parent.mkdir(parents=True)
     dest.write_bytes(BODY)
-    monkeypatch.setattr(download, "write_text", refuse)
+    monkeypatch.setattr(checksums, "write_text", refuse)
     assert fetch([server.url + "good"], dest, SHA) == dest
     assert "cannot record the checksum" in capsys.readouterr().err
 
@@ -561,6 +581,68 @@ def test_absurd_length_is_no_reason_to_give_up_other_mirrors(server, dest):
     assert dest.read_bytes() == BODY and only_files(dest) == ["net.pkl"]
 
 
+@pytest.mark.parametrize("path", ["trickle", "trickle/chunks", "trickle//300000"])
+def test_a_server_that_trickles_is_left(server, dest, monkeypatch, path):
+    """No timeout of a socket ends it: something comes all the time. Nor does it keep the other mirrors from being asked."""
+    monkeypatch.setattr(download, "PIECE_SECONDS", 0.6)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    start = time.monotonic()
+    message = error_of([server.url + path], dest, SHA)
+    assert "sends less than" in message and time.monotonic() - start < 20
+    fetch([server.url + path, server.url + "good"], dest, SHA)
+    assert dest.read_bytes() == BODY
+
+
+def test_a_download_has_a_time_in_which_to_end(server, dest, monkeypatch):
+    monkeypatch.setattr(download, "MAX_SECONDS", 0.7)
+    start = time.monotonic()
+    message = error_of([server.url + "trickle"], dest)
+    assert "takes more than" in message and "gave up" in message and time.monotonic() - start < 10
+
+
+def test_a_file_without_end_is_left_and_removed(server, dest, monkeypatch):
+    monkeypatch.setattr(download, "MAX_SIZE", 3 * len(BODY))
+    assert f"sends more than {3 * len(BODY):,} bytes" in error_of([server.url + "without-end"], dest)
+    assert only_files(dest) == []
+    assert f"sends more than {len(BODY):,} bytes" in error_of([server.url + "without-end"], dest, SHA, size=len(BODY))
+    assert only_files(dest) == []
+
+
+def test_a_known_size_is_compared_before_anything_comes(server, dest):
+    message = error_of([server.url + "good"], dest, size=len(BODY) + 1)
+    assert f"announces {len(BODY):,} bytes, the published file has {len(BODY) + 1:,}" in message
+    assert only_files(dest) == []
+    fetch([server.url + "good"], dest, size=len(BODY))
+    assert dest.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_what_filled_the_disk_is_removed(server, dest, monkeypatch, number):
+    class Full:
+        """A file that takes one piece and no more."""
+
+        def __init__(self, file):
+            self.file, self.taken = file, 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.taken += 1
+            if self.taken > 1:
+                raise OSError(number, os.strerror(number))
+            self.file.write(data)
+
+    monkeypatch.setattr(
+        download, "open", lambda path, mode: Full(open(path, mode)) if mode == "ab" else open(path, mode), raising=False
+    )
+    message = error_of([server.url + "good"], dest)
+    assert os.strerror(number) in message and only_files(dest) == []
+
+
 def test_directory_that_cannot_be_made(server, tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of([server.url + "good"], tmp_path / "file" / "net.pkl")
@@ -628,7 +710,7 @@ def test_derived_file_that_cannot_be_made(tmp_path):
 
 def test_waiting_is_announced(server, dest, capsys):
     dest.parent.mkdir(parents=True)
-    with download._locked(dest, "fetching"):
+    with download.locked(dest, "fetching"):
         other = threading.Thread(target=fetch, args=([server.url + "good"], dest))
         other.start()
         deadline = time.time() + 10

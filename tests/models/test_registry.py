@@ -215,10 +215,10 @@ def test_prefetch_fetches_verifies_and_unpacks(cache, monkeypatch):
     body, sha256 = row.path.read_bytes(), sha256_of(row.path)
     row.path.unlink()
 
-    def send(urls, dest, expected):
+    def send(urls, dest, expected, size):
         asked.append(urls)
         dest.write_bytes(body)
-        download._write_record(dest, sha256)
+        download.write_record(dest, sha256)
 
     monkeypatch.setenv("SFD_OFFLINE", "0")
     monkeypatch.setattr(download, "_download", send)
