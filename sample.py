@@ -33,8 +33,10 @@ def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, ba
     missing = distributed.on_first_rank(lambda: writer.missing(seeds))
     share = missing[distributed.rank() :: distributed.world_size()]
     with tqdm(total=len(share), unit="img", disable=distributed.rank() != 0, dynamic_ncols=True) as progress:
+        done = 0
         for images in sampler.batches(share, class_index, batch):
-            writer.write(share[progress.n : progress.n + len(images)], images)
+            writer.write(share[done : done + len(images)], images)
+            done += len(images)
             progress.update(len(images))
     writer.close(seeds)
     return len(missing)

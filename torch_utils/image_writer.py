@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dnnlib import UserError, make_folder, replacing, write_text
+from dnnlib import UserError, first_line, make_folder, replacing, write_text
 
 from . import distributed
 from .images import to_pil
@@ -26,6 +27,8 @@ IMAGE_NAME = r"(img)?\d{6,}\.png"
 #: Pictures that this program writes for people; an evaluation would count them among the samples of a folder.
 PICTURES = ("grid.png", "compare.png", "metrics.png")
 PENDING_PER_THREAD = 64
+#: What the format of zip archives allows.
+MAX_COMMENT = 65535
 
 
 def refuse_samples(folder: Path) -> None:
@@ -38,7 +41,8 @@ class ImageWriter:
     """Images named by their seed; a name appears only when the image is whole.
 
     A folder gets `000042.png`, or `000000/000042.png` with `subdirs`. `x.zip` becomes an archive in the layout of EDM's
-    data sets; until it is complete its images wait in the folder `.x.zip.parts`, so that a killed run can go on.
+    data sets; until it is complete its images wait in the folder `.x.zip.parts`, so that a killed run can go on. Its
+    comment says how they were made, so that a repeated run finds them there.
 
     Args:
         dest: folder, or name ending in `.zip`.
@@ -55,15 +59,18 @@ class ImageWriter:
         self._pending: deque[Future] = deque()
         self._limit = threads * PENDING_PER_THREAD
         self._held: TextIO | None = None
-        distributed.on_first_rank(lambda: self._claim(options))
+        self._options = json.dumps(options, indent=2) + "\n"
+        #: Names in an archive that is complete already; None where there is none.
+        self._complete: list[str] | None = distributed.on_first_rank(lambda: self._claim(options))
 
-    def _claim(self, options: dict[str, Any]) -> None:
-        """Make sure that what is already there was made with the same options.
+    def _claim(self, options: dict[str, Any]) -> list[str] | None:
+        """Make sure that what is already there was made with the same options; the images of a complete archive.
 
         A folder can have several writers at a time, but one after the other they look at its options and write theirs.
         An archive has one writer, from its first image to its last.
         """
-        self._refuse_existing_archive()
+        if self.zipped and self.dest.exists():
+            return self._read_archive()
         make_folder(self.folder, "outdir")
         held = open(self.folder / LOCK, "w", encoding="utf-8")
         try:
@@ -73,7 +80,11 @@ class ImageWriter:
                 f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"
             ) from None
         try:
-            self._refuse_existing_archive()  # it may have been completed while we looked
+            if self.zipped and self.dest.exists():  # it was completed while we looked
+                names = self._read_archive()
+                held.close()
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return names
             self._check_options(options)
         except BaseException:
             held.close()
@@ -82,10 +93,25 @@ class ImageWriter:
             self._held = held
         else:
             held.close()
+        return None
 
-    def _refuse_existing_archive(self) -> None:
-        if self.zipped and self.dest.exists():
-            raise UserError(f"{self.dest} already exists; remove it, or choose another place", "outdir")
+    def _read_archive(self) -> list[str]:
+        """Names of the images in an archive that is there; its comment says how they were made."""
+        try:
+            with zipfile.ZipFile(self.dest) as archive:
+                same = archive.comment == self._comment()
+                names = archive.namelist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+            raise UserError(f"{self.dest} is no readable archive ({first_line(error)}); remove it", "outdir") from None
+        if not same:
+            raise UserError(
+                f"{self.dest} already exists, made otherwise than asked for; remove it, or choose another place",
+                "outdir",
+            )
+        return [name for name in names if name.endswith(".png")]
+
+    def _comment(self) -> bytes:
+        return self._options.encode()[:MAX_COMMENT]
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse images of other options, and write down ours."""
@@ -108,7 +134,7 @@ class ImageWriter:
                 f"{self.folder} holds {picture}, which would count as a sample; choose another place",
                 "outdir",
             )
-        write_text(path, json.dumps(options, indent=2) + "\n")
+        write_text(path, self._options)
 
     def _has_images(self) -> bool:
         return any(re.fullmatch(IMAGE_NAME, path.name) for path in self.folder.rglob("*.png"))
@@ -120,7 +146,20 @@ class ImageWriter:
         return parent / f"{seed:06d}.png"
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
-        """The seeds whose image is not there yet."""
+        """The seeds whose image is not there yet.
+
+        Raises:
+            UserError: an archive is complete, with other images.
+        """
+        if self._complete is not None:
+            asked = {path.relative_to(self.folder).as_posix() for path in map(self.path, seeds)}
+            if asked != set(self._complete):
+                raise UserError(
+                    f"{self.dest} already exists, with {len(self._complete)} images, others than the {len(asked)} "
+                    "asked for; remove it, or choose another place",
+                    "outdir",
+                )
+            return []
         return [seed for seed in seeds if not self.path(seed).exists()]
 
     def write(self, seeds: Sequence[int], images: np.ndarray) -> None:
@@ -156,7 +195,7 @@ class ImageWriter:
         self.flush()
         self._pool.shutdown()
         distributed.barrier()
-        if self.zipped:
+        if self.zipped and self._complete is None:
             distributed.on_first_rank(lambda: self._archive(seeds, labels))
         if self._held is not None:
             self._held.close()
@@ -168,4 +207,5 @@ class ImageWriter:
             for name in names.values():
                 archive.write(self.folder / name, name)
             archive.writestr("dataset.json", json.dumps({"labels": pairs}))
+            archive.comment = self._comment()
         shutil.rmtree(self.folder)

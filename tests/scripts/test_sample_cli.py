@@ -492,7 +492,18 @@ def test_zip_is_a_data_set(tmp_path):
     for index, seed in enumerate([0, 1, 2, 3, 4, 1000]):
         assert np.array_equal(dataset.load(index).transpose(1, 2, 0), pixels("flat", seed))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flat", "x.zip"]
-    sample(student(), seeds="0-4", outdir="x.zip").refused(r"x\.zip already exists")
+    before = Path("x.zip").stat()
+    assert (
+        "Wrote 0 images to x.zip, 6 were there already"
+        in sample(student(), seeds="1000,0-4", outdir="x.zip").ok().output
+    )
+    assert Path("x.zip").stat() == before and sorted(p.name for p in tmp_path.iterdir()) == ["flat", "x.zip"]
+    sample(student(), seeds="0-4", outdir="x.zip").refused(
+        r"x\.zip already exists, with 6 images, others than the 5 asked"
+    )
+    sample(student("noafs"), seeds="0-4,1000", outdir="x.zip").refused(r"x\.zip already exists, made otherwise")
+    Path("x.zip").write_bytes(b"PK")
+    sample(student(), seeds="0-4,1000", outdir="x.zip").refused(r"x\.zip is no readable archive")
 
 
 def test_zip_of_two_processes_and_of_a_killed_run(tmp_path):
