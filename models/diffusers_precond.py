@@ -20,13 +20,16 @@ from torch import Tensor
 
 from dnnlib import UserError
 
+from .conditions import Conditions
 from .networks.diffusers_modules import DiffusersNetwork
-from .noise import FlowNoise, TableNoise, alpha_table, betas
+from .noise import HIGHEST, FlowNoise, TableNoise, alpha_table, betas
 from .precond import Precond, Scalings
 
 #: What the output of a network with a table of noise levels may mean, as diffusers calls it.
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow"
+#: Tokens of a caption in Stable Diffusion and SDXL, and in SD3.
+CLIP_TOKENS, SD3_TOKENS = 77, 77 + 256
 
 
 class DiffusersPrecond(Precond):
@@ -87,13 +90,38 @@ class DiffusersPrecond(Precond):
     def _condition(self, class_labels: Tensor | None, condition: Any, x: Tensor) -> Any:
         if self.label_dim and class_labels is None and not self.model.family.null_class:
             raise ValueError("this network has no class for none: it takes class_labels and no guidance")
-        return super()._condition(class_labels, condition, x)
+        if self.context_dim is None:
+            return super()._condition(class_labels, condition, x)
+        if condition is None or class_labels is not None:
+            raise ValueError("this model is conditioned on text: it takes a condition and no labels")
+        return condition.expand(x.shape[0])
 
     def example_condition(self, batch: int, device: torch.device) -> Any:
         """What the network may be conditioned on: classes in turn, random text conditions, or None for neither."""
+        config, width = self.init_kwargs["config"], self.context_dim
+        if width is not None and self.model.family.flow:
+            tokens = torch.randn(batch, SD3_TOKENS, width, device=device)
+            return Conditions(tokens, torch.randn(batch, config["pooled_projection_dim"], device=device))
+        if width is not None:
+            tokens = torch.randn(batch, CLIP_TOKENS, width, device=device)
+            if config.get("addition_embed_type") is None:
+                return Conditions(tokens)
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            return Conditions(tokens, torch.randn(batch, pooled, device=device), torch.ones(batch, 6, device=device))
         if not self.label_dim:
             return None
         return torch.eye(self.label_dim, device=device)[torch.arange(batch, device=device) % self.label_dim]
+
+    @property
+    def remark(self) -> str | None:
+        """What is left out of the model's own noise levels, in words."""
+        own, start = self.noise_schedule.sigma_max, f"sampling starts at sigma {HIGHEST:g}"
+        if isinstance(self.noise_schedule, FlowNoise):
+            return f"the flow ends without signal, at sigma infinity; {start}"
+        if self.noise_schedule.steps < self.init_kwargs["noise"]["num_train_timesteps"]:
+            start = start if own > HIGHEST else f"sampling starts at sigma {own:g}"
+            return f"the last noise level has no signal and is cut (rescale_betas_zero_snr); {start}"
+        return f"the noise levels go on to sigma {own:.4g}; {start}" if own > HIGHEST else None
 
     def checkpoint_gradients(self) -> None:
         self.model.net.enable_gradient_checkpointing()

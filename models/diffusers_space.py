@@ -1,11 +1,12 @@
-"""What a folder of diffusers holds beside its network: the autoencoder of latents.
+"""What a folder of diffusers holds beside its network: the autoencoder of latents, and text encoders.
 
-It is read when it is first needed, by the package, from safetensors alone.
+They are read when they are first needed, by the package, from safetensors alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dnnlib import UserError
 
+from .conditions import Conditions
+from .diffusers_text import TextEncoders
 from .latent import LatentSpace
 from .networks.diffusers_modules import build_module, check_numbers, import_diffusers
 from .published.diffusers import read_json
@@ -23,11 +26,12 @@ DECODED = 4
 
 
 class FolderSpace:
-    """From latents to images."""
+    """From latents to images, and from captions to conditions."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._decoder: Any = None
+        self._text: TextEncoders | None = None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
@@ -55,8 +59,26 @@ class FolderSpace:
             self._decoder = autoencoder.eval().requires_grad_(False)
         return self._decoder
 
-    def encode_text(self, prompts: Sequence[str], device: torch.device) -> Any:
-        raise UserError(f"{self.folder.path} has no text encoder")
+    def encode_text(self, prompts: Sequence[str], device: torch.device) -> Conditions:
+        """Conditions of captions, float32 on `device`."""
+        return self.text().encode(prompts, device)
+
+    def encode_nothing(self, device: torch.device) -> Conditions:
+        """What guidance compares with: the empty caption, or zeros where the pipeline says so."""
+        empty = self.encode_text([""], device)
+        if self.text().is_sdxl and self.folder.index().get("force_zeros_for_empty_prompt", True):
+            return replace(empty.map(torch.zeros_like), time_ids=empty.time_ids)
+        return empty
+
+    def prepare(self, prompts: Sequence[str], device: torch.device) -> bool:
+        """Encode a run's captions and let the text encoders leave the device; False if they are too many to keep."""
+        return self.text().prepare(prompts, device)
+
+    def text(self) -> TextEncoders:
+        """The text encoders."""
+        if self._text is None:
+            self._text = TextEncoders(self.folder)
+        return self._text
 
 
 def read_scale(config: Mapping[str, Any]) -> float:

@@ -54,6 +54,10 @@ class LatentSpace:
             self._text = TextEncoder(tensors, device, self._config.get("text"), source=path)
         return self._text.encode(prompts).to(device)
 
+    def encode_nothing(self, device: torch.device) -> Tensor:
+        """What guidance compares with: the condition of the empty caption, `[1, tokens, width]`."""
+        return self.encode_text([""], device)
+
     def _part(self, prefix: str) -> tuple[dict[str, Tensor], Path]:
         if self._file is None:
             self._file = self._read()

@@ -239,9 +239,28 @@ def _read_folder(dataset_name: str | None, path: Path) -> tuple[Precond, FolderS
         folder.family.sigma_min,
         min(net.noise_schedule.sigma_max, HIGHEST),
         text=net.context_dim is not None,
-        guidance_rate=folder.family.guidance_rate,
+        guidance_rate=folder.guidance_rate,
     )
     return net, latent, spec
+
+
+def guidance_of(dataset_name: str | None, model_path: str | os.PathLike | None = None) -> tuple[bool, float]:
+    """Whether a teacher is conditioned on captions, and the rate that it is guided with unless another one is given.
+
+    This reads no weights. A student at `model_path` answers for its teacher.
+    """
+    if dataset_name in ROWS:
+        return ROWS[dataset_name].text, ROWS[dataset_name].guidance_rate
+    path: str | os.PathLike | None = model_path
+    if path is not None and not is_folder(path):
+        found = find_student(path)
+        if not found.is_file() or is_teacher_file(found):
+            return False, 1.0
+        path = read_sampling(found).teacher_path
+    if path is None or not is_folder(path):
+        return False, 1.0
+    folder = open_folder(Path(path))
+    return folder.family.text is not None, folder.guidance_rate
 
 
 def own_name(model_path: str | os.PathLike) -> str:

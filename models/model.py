@@ -17,12 +17,15 @@ from dnnlib import UserError, first_line
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
 from torch_utils.images import to_uint8
 
+from .conditions import Conditions
 from .diffusers_space import AnySpace
 from .guidance import guided
 from .precond import Precond
 
 #: The end of a line about a model that guidance cannot change.
 UNGUIDABLE = "has neither classes nor text nor a guide to be guided by; leave the rate out, or give a guide"
+#: One-hot labels, text conditions, or None for neither.
+Given = Tensor | Conditions | None
 #: Student timestamps that SFD-v draws from, NFE 2 to 5 with AFS.
 VARIABLE_STEPS = (4, 5, 6, 7)
 
@@ -151,7 +154,7 @@ class DiffusionModel(nn.Module):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.latent, self.guidance_rate = latent, guidance_rate
         self.negative_prompt: str | None = None
-        self._encoded: dict[str, Tensor] = {}  # that caption, once it was needed
+        self._encoded: dict[str, Tensor | Conditions] = {}  # that caption, once it was needed
         self.noise_schedule: NoiseSchedule | None = net.noise_schedule
 
     @property
@@ -209,13 +212,18 @@ class DiffusionModel(nn.Module):
         if rate != 1 and not (self.label_dim or self.has_text or self.guide is not None):
             raise UserError(f"{self.dataset_name} {UNGUIDABLE}", "guidance_rate")
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Captions to conditions `[len(prompts), tokens, width]`, float32, for a text-conditioned model."""
+    def encode_text(self, prompts: Sequence[str]) -> Tensor | Conditions:
+        """Captions to conditions, `[len(prompts), tokens, width]` or a record, float32."""
         if self.latent is None:
             raise ValueError(f"{self.dataset_name} has no text encoder")
         return self.latent.encode_text(prompts, next(self.parameters()).device)
 
-    def conditioning(self, given: Tensor | None, guidance_rate: float = 1.0) -> dict[str, Any]:
+    def _encode_nothing(self) -> Tensor | Conditions:
+        """What guidance by text compares with unless there is a negative caption."""
+        assert self.latent is not None
+        return self.latent.encode_nothing(next(self.parameters()).device)
+
+    def conditioning(self, given: Given, guidance_rate: float = 1.0) -> dict[str, Any]:
         """What `denoise` takes by name for `given`: one-hot labels, text conditions, or None for neither."""
         if not self.has_text:
             return {"class_labels": given, "guidance_rate": guidance_rate}
@@ -223,13 +231,11 @@ class DiffusionModel(nn.Module):
         if guidance_rate != 1 and self.guide is None:
             caption = self.negative_prompt or ""
             if caption not in self._encoded:
-                self._encoded = {caption: self.encode_text([caption])}
+                self._encoded = {caption: self.encode_text([caption]) if caption else self._encode_nothing()}
             unconditional = self._encoded[caption]
         return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
 
-    def denoiser(
-        self, given: Tensor | None, guidance_rate: float = 1.0, step_condition: float | None = None
-    ) -> Denoiser:
+    def denoiser(self, given: Given, guidance_rate: float = 1.0, step_condition: float | None = None) -> Denoiser:
         """`denoise` as solvers call it: for `given` as above, and the number of timestamps that the network is told."""
         return partial(self, step_condition=step_condition, **self.conditioning(given, guidance_rate))
 
@@ -238,8 +244,8 @@ class DiffusionModel(nn.Module):
         x: Tensor,
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
-        unconditional_condition: Tensor | None = None,
+        condition: Tensor | Conditions | None = None,
+        unconditional_condition: Tensor | Conditions | None = None,
         guidance_rate: float | None = None,
         step_condition: Tensor | float | None = None,
     ) -> Tensor:
@@ -247,7 +253,7 @@ class DiffusionModel(nn.Module):
 
         Args:
             class_labels: one-hot `[B, label_dim]`, of a class-conditional model.
-            condition: `[B, tokens, width]`, of a text-conditioned one, which takes no labels.
+            condition: `[B, tokens, width]` or a record, of a text-conditioned one, which takes no labels.
             unconditional_condition: that of the empty caption, which guidance by text needs.
             guidance_rate: see `models.guidance`; None is 1, no guidance. It leads away from the `guide` under the same
                 labels, if there is one, else from zeros in their place.

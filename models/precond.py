@@ -114,7 +114,7 @@ class Precond(nn.Module):
         if self.context_dim is not None:
             if condition is None or class_labels is not None:
                 raise ValueError("this model is conditioned on text: it takes a condition and no labels")
-            return condition.expand(len(x), -1, -1)
+            return condition.expand(x.shape[0], -1, -1)
         if condition is not None:
             raise ValueError("this model has no text: it takes no condition")
         if self.label_dim == 0:
@@ -132,6 +132,11 @@ class Precond(nn.Module):
                 block.dropout = probability
             elif isinstance(block, nn.Dropout):
                 block.p = probability
+
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of the network's noise levels, in words."""
+        return None
 
     def freeze_unused(self) -> None:
         """Take no gradient for what distillation never evaluates."""

@@ -18,8 +18,8 @@ from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 
-from .loading import find_model, is_teacher_file, load_student, load_teacher, read_sampling
-from .model import VARIABLE_STEPS, DiffusionModel, SamplingSettings, Student
+from .loading import find_model, guidance_of, is_teacher_file, load_student, load_teacher, read_sampling
+from .model import VARIABLE_STEPS, DiffusionModel, Given, SamplingSettings, Student
 from .prompts import Prompts, choose_prompts
 from .published.diffusers_folder import folder_digest
 from .registry import get_row
@@ -50,7 +50,7 @@ class Sampler:
         return self.plan.nfe
 
     @torch.no_grad()
-    def run(self, x: Tensor, cond: Tensor | None, callback: Callback | None = None) -> Tensor:
+    def run(self, x: Tensor, cond: Given, callback: Callback | None = None) -> Tensor:
         """Final states `[B, C, H, W]` from `x` at σ_max; `cond` are labels or text conditions; see `solve`."""
         plan = self.plan
         denoise = self.model.denoiser(cond, plan.guidance_rate, self.step_condition)
@@ -113,7 +113,7 @@ def draw_latents(
     class_index: int | Sequence[int] | None = None,
     prompts: Prompts | Sequence[str] | None = None,
     noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Given]:
     """Start states at σ_max `[N, C, H, W]`, and what they are conditioned on, on the device.
 
     That is one-hot labels `[N, label_dim]`, text conditions `[N, tokens, width]`, or None for neither. Each sample
@@ -267,7 +267,9 @@ def plan_sampler(model_path: str, dataset_name: str | None, options: SamplerOpti
     if path is not None and not path.exists():
         return None
     if path is None or is_teacher_file(path):
-        return teacher_plan(options, 1.0 if dataset_name is None else get_row(dataset_name).guidance_rate)
+        if dataset_name is not None:
+            get_row(dataset_name)
+        return teacher_plan(options, guidance_of(dataset_name, path)[1])
     settings = read_sampling(path)
     _check_student(settings, dataset_name, options)
     return _guided(settings_for(settings, options.num_steps).plan, options.guidance_rate)

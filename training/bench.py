@@ -33,7 +33,7 @@ from dnnlib.options import Command, device_option, section
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
-from models.model import DiffusionModel
+from models.model import DiffusionModel, Given
 from models.networks.autoencoders import AUTOENCODERS
 from models.published.state_dicts import FIRST_STAGE
 from models.registry import DatasetSpec, get_row
@@ -99,7 +99,7 @@ class Side:
     precision: str
     distiller: Distiller
     samples: Tensor
-    given: Tensor | None
+    given: Given
     actions: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def run(self, stage: str) -> Any:
@@ -174,7 +174,7 @@ def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[],
     return actions
 
 
-def _parts(x: Tensor, given: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+def _parts(x: Tensor, given: Given, size: int) -> list[tuple[Tensor, Given]]:
     parts = x.split(size)
     return list(zip(parts, [None] * len(parts) if given is None else given.split(size)))
 

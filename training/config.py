@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dnnlib import UserError
-from models.loading import find_student, own_name, read_sampling
+from models.loading import find_student, guidance_of, own_name, read_sampling
 from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
 from solvers import SamplingPlan, get_solver
@@ -68,14 +68,15 @@ class DistillConfig:
     @property
     def has_text(self) -> bool:
         """Whether the teacher is conditioned on captions."""
-        return self.dataset_name in ROWS and ROWS[self.dataset_name].text
+        return guidance_of(self.dataset_name, self.model_path)[0]
 
     @property
     def sampling_rate(self) -> float:
         """Guidance rate of the student in sampling, 1 for none: the published way of a text-conditioned teacher."""
         if not self.has_text or self.guidance_type in ("uncond", "teacher"):
             return 1.0
-        return ROWS[self.dataset_name].guidance_rate if self.guidance_rate is None else self.guidance_rate
+        own = guidance_of(self.dataset_name, self.model_path)[1]
+        return own if self.guidance_rate is None else self.guidance_rate
 
     @property
     def training_rate(self) -> float:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import UserError, format_count, format_duration
 from models.detectors.lpips import LPIPS
+from models.diffusers_precond import DiffusersPrecond
 from models.loading import build_on_meta, read_guide
 from models.model import SamplingSettings, Student
 from models.precond import Precond
@@ -45,7 +46,9 @@ def random_inputs(net: Precond, batch: int, device: torch.device) -> dict[str, A
     inputs: dict[str, Any] = {"x": torch.randn(shape, device=device), "sigma": torch.ones([], device=device)}
     if net.label_dim:
         inputs["class_labels"] = torch.eye(net.label_dim, device=device)[torch.arange(batch) % net.label_dim]
-    if net.context_dim:
+    if isinstance(net, DiffusersPrecond) and net.context_dim:
+        inputs["condition"] = net.example_condition(batch, device)
+    elif net.context_dim:
         inputs["condition"] = torch.randn([batch, TOKENS, net.context_dim], device=device)
     return inputs
 

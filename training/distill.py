@@ -25,7 +25,7 @@ from torch import Tensor
 from dnnlib import UserError
 from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
-from models.model import DiffusionModel, SamplingSettings, Student
+from models.model import DiffusionModel, Given, SamplingSettings, Student
 from solvers import Callback, Denoiser, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils import distributed
 from torch_utils.device import fast_path
@@ -59,7 +59,7 @@ class Teacher:
         count = self.config.teacher_steps(num_steps)
         return get_schedule(s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule)
 
-    def denoiser(self, cond: Tensor | None, plan: SamplingPlan) -> Denoiser:
+    def denoiser(self, cond: Given, plan: SamplingPlan) -> Denoiser:
         """The model's, conditioned on labels or text, for trajectories of this plan."""
         model, step_condition = self.model, None
         if isinstance(model, Student):
@@ -67,7 +67,7 @@ class Teacher:
         return model.denoiser(cond, plan.guidance_rate, step_condition)
 
     @torch.no_grad()
-    def trajectory(self, x: Tensor, cond: Tensor | None, num_steps: int, callback: Callback | None = None) -> Tensor:
+    def trajectory(self, x: Tensor, cond: Given, num_steps: int, callback: Callback | None = None) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
 
         With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
@@ -166,7 +166,7 @@ class Distiller:
         self._one = torch.ones((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
-    def iterate(self, noise: Tensor, cond: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
+    def iterate(self, noise: Tensor, cond: Given, num_steps: int) -> tuple[Tensor, Tensor]:
         """Train on this rank's share of a batch.
 
         Args:
@@ -195,7 +195,7 @@ class Distiller:
         i: int,
         states: Sequence[Tensor],
         targets: Sequence[Tensor],
-        conds: Sequence[Tensor | None],
+        conds: Sequence[Given],
         sigmas: Tensor,
         sampling: SamplingSettings,
     ) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.signals import Stopped, deferred_stop
+from models.diffusers_space import FolderSpace
 from models.loading import make_student, save_student
 from models.model import DiffusionModel, SamplingSettings, Student
 from models.prompts import captions_by_seed
@@ -169,6 +170,8 @@ def train(
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
     prompts = captions_by_seed() if student.has_text else None
+    if prompts is not None and isinstance(student.latent, FolderSpace):
+        student.latent.prepare(prompts.texts, device)
     lpips = perceptual_loss(full_config, student)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}

@@ -63,6 +63,8 @@ class Report:
             f"on {distributed.world_size()}× {distiller.device.type}, micro-batch {distiller.micro_batch_size} of "
             f"{config.batch}"
         )
+        if (remark := distiller.student.net.remark) is not None:
+            self.log(f"Note: {remark}")
 
     @contextmanager
     def logged(self, name: str | None, settings: Mapping[str, Any]) -> Iterator[None]:

@@ -13,6 +13,10 @@ is the decoder's scale (with 1 / √(1 + σ²) of the last level, as it expects 
 by a fixed e(·), with more features than there are steps, so one matrix does for all of them: the layer W behind becomes
 W + W (E_τ − E_k) E_k⁺, with which W' e(k_i) = W e(τ_i).
 
+A flow is sampled by `FlowMatchEulerDiscreteScheduler`, which holds y = x / (1 + σ) and takes Euler steps in
+t = σ / (1 + σ), the same ones again; its `sigmas` are our t, passed to the pipeline, and times are as they are. There
+g = (1 + σ_1) / a. It always ends at σ = 0: the pipeline's last latents are the denoised ones of our last step.
+
 The vectors of a step-conditioned student are in the biases of the layers that embed the noise level, see `fold`.
 """
 
@@ -34,6 +38,7 @@ from dnnlib import UserError, make_folder, write_text
 
 from ..diffusers_precond import DiffusersPrecond
 from ..diffusers_space import read_scale
+from ..noise import FlowNoise
 from ..published.diffusers import read_json
 from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, Folder, open_folder
 from .diffusers import VERSION, write_json
@@ -55,8 +60,9 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         raise UserError(f"{dest} exists; choose a new folder", "dest")
     net = student.net
     assert isinstance(net, DiffusersPrecond)
-    if net.label_dim and not net.is_latent:
-        raise UserError(f"{student.path} has classes and pixels, for which diffusers has no pipeline; use `program`")
+    if (net.is_latent or net.label_dim > 0) and net.init_kwargs["module"] == "UNet2DModel":
+        kind = "latents" if net.is_latent else "classes"
+        raise UserError(f"{student.path} is a UNet2DModel with {kind}, for which diffusers has no pipeline")
     teacher = open_folder(str(student.model.sampling.teacher_path)) if net.is_latent else None
     network = stock_network(student)
     make_folder(dest.parent, "dest")
@@ -67,10 +73,11 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         write_json(temporary / part / "config.json", config)
         tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         save_file(tensors, str(temporary / part / f"{NETWORK_WEIGHTS}.safetensors"), metadata={"format": "pt"})
-        write_json(temporary / "scheduler" / "scheduler_config.json", ddim_config(student))
+        scheduler = flow_config(student) if is_flow(student) else ddim_config(student)
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         index = {"_class_name": "DDIMPipeline"} if teacher is None else _copy_rest(student, teacher, temporary)
         index |= {"_diffusers_version": VERSION, part: ["diffusers", net.init_kwargs["module"]]}
-        write_json(temporary / "model_index.json", {**index, "scheduler": ["diffusers", "DDIMScheduler"]})
+        write_json(temporary / "model_index.json", {**index, "scheduler": ["diffusers", scheduler["_class_name"]]})
         record = {**student.record(), "state_scale": state_scale(student), "guidance_scale": _guidance(student)}
         write_json(temporary / EXPORTED, record)
         write_text(temporary / "README.md", _readme(student, dest.name, str(index["_class_name"])))
@@ -79,14 +86,36 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_flow(student: OpenedStudent) -> bool:
+    return isinstance(student.net.noise_schedule, FlowNoise)
+
+
 def state_scale(student: OpenedStudent) -> float:
     """g."""
-    return math.sqrt(1 + float(student.steps[0]) ** 2) / student.initial_scale
+    first = float(student.steps[0])
+    return (1 + first if is_flow(student) else math.sqrt(1 + first**2)) / student.initial_scale
+
+
+def end_scale(student: OpenedStudent) -> float:
+    """The pipeline's last latents are this times ours."""
+    return state_scale(student) / (1 if is_flow(student) else math.sqrt(1 + float(student.steps[-1]) ** 2))
 
 
 def told_times(student: OpenedStudent) -> Tensor:
-    """k_i: what the scheduler tells the network at its steps, int64 `[K]`."""
+    """What the scheduler tells the network at its steps, `[K]`: positions k_i in its table, or the times of a flow."""
+    if isinstance(student.net.noise_schedule, FlowNoise):
+        return student.net.noise_schedule.step(student.steps[:-1])
     return torch.arange(len(student.steps) - 1, 0, -1) * ENTRIES - 1
+
+
+def flow_config(student: OpenedStudent) -> dict[str, Any]:
+    """The configuration of the scheduler of a flow."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": student.net.init_kwargs["noise"]["num_train_timesteps"],
+        "shift": 1.0,
+    }
 
 
 def ddim_config(student: OpenedStudent) -> dict[str, Any]:
@@ -122,12 +151,12 @@ def stock_network(student: OpenedStudent) -> nn.Module:
     network.get_submodule(net.model.family.first).weight.div_(g)
     for parameter in network.get_submodule(net.model.family.last).parameters():
         parameter.mul_(g)
-    sigmas, told = student.steps[:-1], told_times(student)
-    own = net.noise_schedule.step(sigmas.float())
+    own, told = net.noise_schedule.step(student.steps[:-1].float()), told_times(student)
     for name, layer in folded.model.time_embeddings().items():
         embed = network.get_submodule(name.rpartition(".")[0]).time_proj
         weight, target, place = (t.double() for t in (layer.linear_1.weight, embed(own).T, embed(told).T))
-        layer.linear_1.weight.copy_(weight + weight @ (target - place) @ torch.linalg.pinv(place))
+        if not is_flow(student):
+            layer.linear_1.weight.copy_(weight + weight @ (target - place) @ torch.linalg.pinv(place))
     _check(student, folded)
     return network
 
@@ -150,20 +179,37 @@ def _check(student: OpenedStudent, folded: DiffusersPrecond) -> None:
 def _copy_rest(student: OpenedStudent, teacher: Folder, dest: Path) -> dict[str, Any]:
     """Autoencoder, text encoders and tokenizers of the teacher's folder; what its index says of them."""
     given = teacher.index()
-    index: dict[str, Any] = {"_class_name": given.get("_class_name")}
+    index: dict[str, Any] = {"_class_name": _pipeline(student.net)}
     for name, kind in given.items():
         is_part = isinstance(kind, list) and re.fullmatch(r"vae|(text_encoder|tokenizer)(_\d)?", name)
         if is_part and (teacher.path / name).is_dir():
             names = shutil.ignore_patterns("*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.py")
             shutil.copytree(teacher.path / name, dest / name, ignore=names)
             index[name] = kind
-        elif name in ("id2label", "force_zeros_for_empty_prompt"):
+            _drop_variant(dest / name)
+        elif name in ("id2label", "force_zeros_for_empty_prompt", "requires_safety_checker"):
             index[name] = kind
+        elif isinstance(kind, list) and name not in ("unet", "transformer", "scheduler"):
+            index[name] = [None, None]  # such as a checker of pictures
     config = read_json(dest / "vae" / "config.json")
-    scale = state_scale(student) / math.sqrt(1 + float(student.steps[-1]) ** 2)
-    config["scaling_factor"] = read_scale(config) * scale
+    config["scaling_factor"] = read_scale(config) * end_scale(student)
     write_json(dest / "vae" / "config.json", config)
     return index
+
+
+def _pipeline(net: Any) -> str:
+    """The stock pipeline of a network of latents."""
+    names = {"DiTTransformer2DModel": "DiTPipeline", "SD3Transformer2DModel": "StableDiffusion3Pipeline"}
+    is_sdxl = net.init_kwargs["config"].get("addition_embed_type") is not None
+    return names.get(net.init_kwargs["module"], f"StableDiffusion{'XL' * is_sdxl}Pipeline")
+
+
+def _drop_variant(part: Path) -> None:
+    """Let half-precision weights that are the only ones have the plain name."""
+    for file in part.glob("*.fp16.safetensors"):
+        plain = file.with_name(file.name.replace(".fp16", ""))
+        if not plain.exists():
+            file.rename(plain)
 
 
 def _guidance(student: OpenedStudent) -> float:
@@ -173,6 +219,9 @@ def _guidance(student: OpenedStudent) -> float:
 def _readme(student: OpenedStudent, name: str, pipeline: str) -> str:
     count, rate = len(student.steps) - 1, _guidance(student)
     arguments = f"num_inference_steps={count}"
+    if is_flow(student):
+        times = ", ".join(f"{sigma / (1 + sigma):.9g}" for sigma in student.steps[:-1].tolist())
+        arguments = f"sigmas=[{times}]"
     if student.net.context_dim is not None:
         arguments = f'"a photo of a cat", {arguments}, guidance_scale={rate:g}'
     elif student.net.label_dim:
@@ -191,6 +240,6 @@ pipe = {pipeline}.from_pretrained("{name}")
 image = pipe({arguments}).images[0]
 ```
 
-Keep the scheduler and the number of steps: noise levels, times and the analytical first step are folded into both. The
-states of the pipeline are {state_scale(student):.6f} times those of the student.
+Keep the scheduler and these steps: noise levels, times and the analytical first step are folded into network and
+scheduler. The states of the pipeline are {state_scale(student):.6f} times those of the student.
 """

@@ -17,9 +17,10 @@ from dnnlib import UserError, make_folder, replacing
 from solvers import solve
 from torch_utils.device import PLAIN, use_path
 
+from ..diffusers_precond import DiffusersPrecond
 from ..guidance import Denoiser, guided
 from ..loading import row_config
-from ..noise import DiscreteNoise
+from ..noise import TableNoise
 from ..registry import get_row
 from .student import OpenedStudent
 
@@ -41,7 +42,7 @@ class StudentStep(nn.Module):
         super().__init__()
         self.has_text, self.guidance_rate = student.model.has_text, student.sampler.plan.guidance_rate
         self.net = student.net
-        if student.net.noise_schedule is not None:
+        if isinstance(student.net.noise_schedule, TableNoise):
             student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *given: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ class StudentStep(nn.Module):
 
 
 class TableTimes(nn.Module):
-    """`DiscreteNoise.step` in operations that ONNX has too: a search becomes a count."""
+    """`TableNoise.step` in operations that ONNX has too: a search becomes a count."""
 
     log_alphas: Tensor
 
-    def __init__(self, noise: DiscreteNoise) -> None:
+    def __init__(self, noise: TableNoise) -> None:
         super().__init__()
         self.steps = noise.steps
         self.register_buffer("log_alphas", noise.alphas_cumprod.log().flip(0).float() / 2)
@@ -98,6 +99,10 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
     writers = {".pt2": _write_pt2, ".onnx": _write_onnx}
     if dest.suffix not in writers:
         raise UserError(f"{dest} is neither a .pt2 (torch.export) nor a .onnx file", "dest")
+    if isinstance(student.net, DiffusersPrecond) and student.net.context_dim is not None:
+        raise UserError(
+            f"{student.path} takes captions by text encoders of diffusers; export it as a folder: `diffusers`"
+        )
     if dest.suffix == ".onnx":
         _need_onnx(student)
     make_folder(dest.parent, "dest")
@@ -108,7 +113,9 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
         # Before the network is changed to be traced.
         expected = [_our_step(student, inputs) for inputs in cases]
         step = StudentStep(student).eval().requires_grad_(False)
-        dims = tuple({0: torch.export.Dim("batch")} if t.ndim else None for t in cases[0])
+        # Diffusers does something else for larger ones, which a program cannot.
+        batch = torch.export.Dim("batch", max=63 if isinstance(student.net, DiffusersPrecond) else None)
+        dims = tuple({0: batch} if t.ndim else None for t in cases[0])
         shapes = dims[:3] + (dims[3:],) * (len(dims) > 3)
         with use_path(replace(PLAIN, sdpa=True)):  # what the fast path keeps between calls is no part of a program
             exported = torch.export.export(step, cases[0], dynamic_shapes=shapes, strict=False)

@@ -32,6 +32,8 @@ HIGHEST, LONGEST = 1 << 20, 64
 #: Counts of layers: each takes time to build, even without memory.
 LAYERS = ("layers_per_block", "num_layers", "transformer_layers_per_block")
 MOST_LAYERS = 256
+#: Numbers in an embedding of positions, a gigabyte.
+MOST_POSITIONS = 1 << 28
 #: Channels of the embedding of the number of timestamps, and of the layer behind.
 STEP_CHANNELS, STEP_WIDTH = 64, 256
 
@@ -66,10 +68,28 @@ class Family:
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
+POSITIONAL = ("positional", None)
 FAMILIES = {
     "UNet2DModel": Family(
         "unet", "time_embedding", "conv_in", "conv_out", classes="num_class_embeds",
-        allowed={"time_embedding_type": ("positional", None), "class_embed_type": (None,)},
+        allowed={"time_embedding_type": POSITIONAL, "class_embed_type": (None,)},
+    ),
+    "UNet2DConditionModel": Family(
+        "unet", "time_embedding", "conv_in", "conv_out", text="cross_attention_dim", sigma_min=0.1, guidance_rate=7.5,
+        allowed={
+            "time_embedding_type": POSITIONAL, "class_embed_type": (None,), "num_class_embeds": (None,),
+            "encoder_hid_dim_type": (None,), "encoder_hid_dim": (None,), "addition_embed_type": (None, "text_time"),
+            "time_cond_proj_dim": (None,), "attention_type": ("default", None), "timestep_post_act": (None,),
+        },
+    ),
+    "DiTTransformer2DModel": Family(
+        "transformer", r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder", "pos_embed.proj", "proj_out_2",
+        classes="num_embeds_ada_norm", null_class=True,
+        allowed={"norm_type": ("ada_norm_zero", None)},
+    ),
+    "SD3Transformer2DModel": Family(
+        "transformer", r"time_text_embed\.timestep_embedder", "pos_embed.proj", "proj_out", flow=True,
+        text="joint_attention_dim", guidance_rate=7.0,
     ),
 }  # fmt: skip
 
@@ -92,6 +112,9 @@ def check_config(family: Family, config: Mapping[str, Any], source: str) -> None
         if config.get(key) not in allowed:
             expected = " or ".join(str(value) for value in allowed)
             raise UserError(f"{source} says {key} {str(config[key])[:40]!r}; expected {expected}")
+    width = config.get(family.text) if family.text else 1
+    if type(width) is not int or width < 1:
+        raise UserError(f"{source} says {family.text} {str(width)[:40]}; expected a number, the width of its tokens")
     size, channels, out = (config.get(key) for key in ("sample_size", "in_channels", "out_channels"))
     if type(size) is not int or not 1 <= size <= 1024:
         raise UserError(f"{source} says sample_size {str(size)[:40]}; expected a number, the size of its square states")
@@ -101,6 +124,21 @@ def check_config(family: Family, config: Mapping[str, Any], source: str) -> None
             "many of which the second half is left out"
         )
     check_numbers(config, source)
+    _check_positions(config, source)
+
+
+def _check_positions(config: Mapping[str, Any], source: str) -> None:
+    """Refuse embeddings of positions that are too large to be meant: they have memory before any weight is there."""
+    patch, most, heads, width = (
+        config.get(key) or 1
+        for key in ("patch_size", "pos_embed_max_size", "num_attention_heads", "attention_head_dim")
+    )
+    if not all(type(value) in (int, list) for value in (patch, most, heads, width)):
+        raise UserError(f"{source} says sizes that are no numbers")
+    if not all(type(value) is int for value in (patch, most, heads, width)):
+        return  # a U-Net, which has no such embeddings
+    if max(config["sample_size"] // patch, most) ** 2 * heads * width > MOST_POSITIONS:
+        raise UserError(f"{source} says patch_size {patch} and pos_embed_max_size {most}, which is out of range")
 
 
 def check_numbers(config: Mapping[str, Any], source: str) -> None:
@@ -189,6 +227,10 @@ class DiffusersNetwork(nn.Module):
         self.label_dim = (self.family.classes and config.get(self.family.classes)) or 0
         self.channels: int = config["in_channels"]
         self.net: Any = build_module(getattr(import_diffusers(), name), config)
+        part: Any
+        for part in self.net.modules():
+            if type(part).__name__ == "LabelEmbedding":
+                part.dropout_prob = 0.0  # labels are not dropped in distillation
         self.use_step_condition = use_step_condition
         self.step_condition: StepCondition | None = None
         self._vectors: list[Tensor] | None = None
@@ -217,7 +259,7 @@ class DiffusersNetwork(nn.Module):
         The dtype of `x` is that of the computation; weights stay as they are.
 
         Args:
-            cond: one-hot labels `[B or 1, label_dim]`, zeros for no class, or None for a network without conditions.
+            cond: one-hot labels `[B or 1, label_dim]`, zeros for no class; `Conditions` of `B`; or None.
             step_condition: numbers of timestamps, a scalar or `[B]`.
         """
         self._vectors = None if step_condition is None else self.step_vectors(step_condition)
@@ -225,14 +267,21 @@ class DiffusersNetwork(nn.Module):
             x = x.float()
         half = nullcontext() if x.dtype == torch.float32 else torch.autocast(x.device.type, x.dtype)
         with half:
-            output = self.net(x, timestep=times.expand(len(x)), return_dict=False, **self._arguments(cond, len(x)))[0]
+            output = self.net(
+                x, timestep=times.expand(x.shape[0]), return_dict=False, **self._arguments(cond, x.shape[0])
+            )[0]
         return output[:, : self.channels]
 
     def _arguments(self, cond: Any, batch: int) -> dict[str, Any]:
         """What the package's module takes besides, for `cond`."""
         if self.label_dim:
             return {"class_labels": self._classes(cond).expand(batch)}
-        return {}
+        if cond is None:
+            return {}
+        if self.family.flow:
+            return {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.pooled}
+        added = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        return {"encoder_hidden_states": cond.tokens, "added_cond_kwargs": added}
 
     def _classes(self, labels: Tensor) -> Tensor:
         index = labels.argmax(1)

@@ -76,6 +76,16 @@ class Folder:
         """Whether its network works on latents of an autoencoder."""
         return (self.path / "vae" / "config.json").is_file()
 
+    @property
+    def guidance_rate(self) -> float:
+        """What its pipeline guides with unless told otherwise."""
+        return 5.0 if self.config.get("addition_embed_type") == "text_time" else self.family.guidance_rate
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Size of a pixel of latents in pixels of the image."""
+        return 2 ** (len(read_json(self.path / "vae" / "config.json").get("block_out_channels", [0])) - 1)
+
     def index(self) -> dict[str, Any]:
         """What it says of its pipeline."""
         path = self.path / "model_index.json"

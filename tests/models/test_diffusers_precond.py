@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,79 @@ def test_classes_without_one_for_none():
         net(x, 2.0)
 
 
+def test_checkpointed_gradients_are_the_same():
+    package()
+    torch.manual_seed(0)
+    net = DiffusersPrecond("UNet2DModel", UNET, TABLE, use_step_condition=True)
+    randomised(net)
+    x, found = torch.randn(2, 3, 8, 8), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            net.checkpoint_gradients()
+        net.train().zero_grad()
+        net(x, 2.0, step_condition=5.0).square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    for plain, again in zip(*found):
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(beta_schedule="scaled_linear"), None),
+        (dict(), "the noise levels go on to sigma 157.4; sampling starts at sigma 80"),
+        (
+            dict(rescale_betas_zero_snr=True),
+            "the last noise level has no signal and is cut .*; sampling starts at sigma 80",
+        ),
+    ],
+)
+def test_what_is_cut_of_the_noise_levels_is_said(changes, words):
+    package()
+    remark = DiffusersPrecond("UNet2DModel", UNET, {**TABLE, **changes}).remark
+    assert remark is None if words is None else re.match(words, remark)
+
+
+SDXL_BLOCKS = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+PUBLISHED = {
+    "ddpm-cifar10-32": ("UNet2DModel", 35_746_307, dict(
+        UNET, sample_size=32, layers_per_block=2, block_out_channels=[128, 256, 256, 256], norm_num_groups=32,
+        attention_head_dim=None, down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"])),
+    "stable-diffusion-2-1": ("UNet2DConditionModel", 865_910_724, dict(
+        sample_size=96, in_channels=4, out_channels=4, attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024,
+        block_out_channels=[320, 640, 1280, 1280], use_linear_projection=True)),
+    "stable-diffusion-xl": ("UNet2DConditionModel", 2_567_463_684, dict(
+        sample_size=128, in_channels=4, out_channels=4, attention_head_dim=[5, 10, 20], cross_attention_dim=2048,
+        block_out_channels=[320, 640, 1280], down_block_types=SDXL_BLOCKS, transformer_layers_per_block=[1, 2, 10],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)),
+    # 675 million, and a copy of the embedding of times and labels in all blocks but one.
+    "DiT-XL-2-256": ("DiTTransformer2DModel", 749_826_464, dict(
+        sample_size=32, in_channels=4, out_channels=8, num_layers=28, num_attention_heads=16, attention_head_dim=72,
+        num_embeds_ada_norm=1000)),
+    "stable-diffusion-3-medium": ("SD3Transformer2DModel", 2_028_328_000, dict(
+        sample_size=128, in_channels=16, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+        pos_embed_max_size=192)),
+}  # fmt: skip
+FULL = [
+    pytest.param(name, marks=pytest.mark.slow) if "-3" in name and "diffusion" in name else name for name in PUBLISHED
+]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_published_sizes_take_no_memory_to_describe(name):
+    package()
+    module, count, config = PUBLISHED[name]
+    noise = {**TABLE, "prediction_type": "flow", "shift": 3.0} if module.startswith("SD3") else TABLE
+    config = {"joint_attention_dim": 4096, **config} if module.startswith("SD3") else config
+    with torch.device("meta"):
+        net = DiffusersPrecond(module, config, noise, use_step_condition=True)
+    parameters = list(net.model.net.parameters())
+    assert sum(p.numel() for p in parameters) == count and all(p.is_meta for p in parameters)
+    assert len(net.model.step_condition.vectors) == (28 if module.startswith("DiT") else 1)
+
+
 # --- From a folder to a student --------------------------------------------------------------------------------------
 
 
@@ -224,6 +298,8 @@ def test_from_a_folder_to_images_and_back(variable, afs):
     expected = (ours[-1] / 2 + 0.5).clamp(0, 1)
     assert (images - expected).abs().max() < abs(float(scale[-1]) - 1) + 1e-5 < (0.004 if afs else 1e-3)
     invoke("train", *flags(TRAIN, dict(model_path="exported"))).refused("exported from a student")
+    if not afs:
+        invoke("models.export", "program", *flags(dict(model_path=run_dir, dest="step.pt2"))).ok()
 
 
 def test_teachers_are_sampled_and_measured():
@@ -282,6 +358,7 @@ DAMAGES = [
     (_change(UNET_FILE, sample_size=[8, 16]), "sample_size"),
     (_change(UNET_FILE, layers_per_block=10**9), "layers_per_block 1000000000, which is out of range"),
     (_change(UNET_FILE, block_out_channels=[16] * 99), "99 entries"),
+    (_change(UNET_FILE, patch_size="two"), "sizes that are no numbers"),
     (_change(UNET_FILE, block_out_channels=[16, 64]), "does not fit the network"),
     (_change(UNET_FILE, down_block_types=["DownBlock2D", "Nothing"]), "cannot be built"),
     (_change(SCHEDULER_FILE, _class_name="MyScheduler"), "of class 'MyScheduler'; expected one of DDPMScheduler"),
