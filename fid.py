@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dnnlib import UserError, make_folder, one_line_errors
-from dnnlib.options import Group, precision_option, section
+from dnnlib.options import Group, Whole, precision_option, section
 from models.detectors import Detector
 from models.loading import find_student
 from models.sampling import SamplerOptions, open_sampler, plan_sampler
@@ -47,6 +47,7 @@ from training.options import (
     sampler_options,
     seed_blocks,
     solver_options,
+    teacher_option,
 )
 from training.runs import find_run
 
@@ -192,11 +193,11 @@ def main() -> None:
 @section("What to compare")
 @images_option
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
-@click.option("--num", help="Images to use, chosen by --seed; default: all", type=click.IntRange(min=2))
+@click.option("--num", help="Images to use, chosen by --seed; default: all", type=Whole(2, 10**9))
 @click.option("--seed", help="Choice of --num images; several make as many trials", metavar="LIST", default="0",
               callback=parse_ints)  # fmt: skip
 @click.option("--trials", help="Split the images, in the order of their names, into so many blocks (of --num)",
-              type=click.IntRange(1, 10000), default=1)  # fmt: skip
+              type=Whole(1, 10_000), default=1)  # fmt: skip
 @section("How")
 @metrics_option
 @detector_options
@@ -267,9 +268,7 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
 @solver_options
 @section("What to compare")
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
-@click.option(
-    "--trials", help="Repeat with as many following blocks of seeds", type=click.IntRange(1, 10000), default=1
-)
+@click.option("--trials", help="Repeat with as many following blocks of seeds", type=Whole(1, 10_000), default=1)
 @section("How")
 @metrics_option
 @detector_options
@@ -300,7 +299,8 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         plan |= {**choices.given(), "detector": opts["detector"], "precision": precision, "device": str(device)}
         return show_plan(**plan, missing=missing_paths(ref))
     open_ref = open_reference(ref, statistics=not keep)
-    opened = open_sampler(model_path, opts["dataset_name"], choices, device, PRECISIONS[precision])
+    dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
+    opened = open_sampler(model_path, opts["dataset_name"], choices, device, dtype, teacher_path)
     opened.sampler.model.check_class(class_index)
     extractor = open_extractor(opts, opts["features"])
     real = open_ref()
@@ -325,12 +325,13 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @main.command()
 @section("What to compare")
 @click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
+@teacher_option
 @click.option("--seeds", help="Random seeds, one image each, for every sampler", metavar="LIST", default="0-1999",
               callback=parse_seeds)  # fmt: skip
 @click.option("--ref", help="Reference images or their features; emoji32 for those of this program", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
-              type=click.IntRange(min=1), default=5)  # fmt: skip
+              type=Whole(1, 1000), default=5)  # fmt: skip
 @section("Where to")
 @click.option("--outdir", help="Folder for metrics.jsonl, .md, .csv, .tex and .png; default: that of the student",
               metavar="DIR")  # fmt: skip
@@ -361,7 +362,8 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     open_ref = open_reference(ref, statistics=False)
     refuse_samples(place)
     distributed.on_first_rank(lambda: make_folder(place, "outdir"))
-    student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision])
+    teacher_path = opts["teacher_path"]
+    student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision], teacher_path)
     rows = comparison.samplers(student, precision)
     extractor = open_extractor(opts)
     real = open_ref()
@@ -386,7 +388,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
 @click.option("--seeds", help="Random seeds, one image each, for every snapshot", metavar="LIST", default="0-1999",
               callback=parse_seeds)  # fmt: skip
 @click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
-@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
+@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=Whole(2, 1000))
 @section("Where to")
 @click.option("--out", help="JSON lines, one for a snapshot; default: metrics.jsonl of the run", type=Path,
               metavar="JSONL")  # fmt: skip

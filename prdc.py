@@ -11,7 +11,7 @@ import click
 import torch
 
 from dnnlib import UserError, one_line_errors
-from dnnlib.options import Group, section
+from dnnlib.options import SEED, Group, Whole, section
 from models.detectors import Detector
 from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
@@ -64,10 +64,10 @@ def main() -> None:
 @click.option("--images_ref", help="Real images, given alike; or emoji32 for those of this program", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--num", help="Images to use of each set, chosen by --seed; a smaller reference is used whole; "
-              "default: 5000, or all where there are fewer", type=click.IntRange(min=2))  # fmt: skip
-@click.option("--seed", help="Choice of the images", type=click.IntRange(min=0), default=0)
+              "default: 5000, or all where there are fewer", type=Whole(2, 10**9))  # fmt: skip
+@click.option("--seed", help="Choice of the images", type=SEED, default=0)
 @section("How")
-@click.option("--nearest_k", help="Neighbours that a ball reaches to", type=click.IntRange(min=1), default=5)
+@click.option("--nearest_k", help="Neighbours that a ball reaches to", type=Whole(1, 1000), default=5)
 @detector_options
 @section("Record")
 @record_options

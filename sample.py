@@ -13,10 +13,10 @@ from typing import Any
 import click
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from dnnlib import UserError, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, device_option, offline_option, precision_option, section
+from dnnlib.options import Command, Whole, device_option, offline_option, precision_option, section
+from dnnlib.progress import progress
 from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
@@ -32,12 +32,12 @@ def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, ba
     """Sample and write what is not there yet, this rank its share; returns how many were missing."""
     missing = distributed.on_first_rank(lambda: writer.missing(seeds))
     share = missing[distributed.rank() :: distributed.world_size()]
-    with tqdm(total=len(share), unit="img", disable=distributed.rank() != 0, dynamic_ncols=True) as progress:
+    with progress(len(share), show=distributed.rank() == 0) as bar:
         done = 0
         for images in sampler.batches(share, class_index, batch):
             writer.write(share[done : done + len(images)], images)
             done += len(images)
-            progress.update(len(images))
+            bar.update(len(images))
     writer.close(seeds)
     return len(missing)
 
@@ -110,7 +110,7 @@ def write_comparison(
               type=bool, default=False)  # fmt: skip
 @solver_options
 @section("Machine")
-@click.option("--batch", help="Images at a time, per process", type=click.IntRange(min=1), default=64)
+@click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64)
 @precision_option
 @device_option
 @offline_option
@@ -139,7 +139,8 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         return
     configure_backends()
     distributed.init(device)
-    opened = open_sampler(model_path, dataset_name, options, device, PRECISIONS[precision])
+    dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
+    opened = open_sampler(model_path, dataset_name, options, device, dtype, teacher_path)
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
     # A picture among the samples would be one of the images that an evaluation counts.

@@ -11,26 +11,25 @@ from typing import Any
 import click
 
 from dnnlib import UserError, one_line_errors
-from dnnlib.options import Command, device_option, offline_option, precision_option, section
+from dnnlib.options import SEED, Command, Real, Whole, device_option, offline_option, precision_option, section
 from models.registry import ROWS
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device, pick_precision
 from training import loop
-from training.config import DistillConfig, check, describe, micro_batch, teacher_name
+from training.config import DistillConfig, check, describe, micro_batch, settle, teacher_name
 from training.cost import estimate
 from training.loggers import LOGGERS, need_logger
+from training.options import teacher_option
 from training.presets import find_preset
-from training.runs import Intervals
-
-POSITIVE = click.FloatRange(min=0, min_open=True)
+from training.runs import Intervals, Place, plan_run
 
 
-class MicroBatch(click.IntRange):
+class MicroBatch(Whole):
     """A positive integer, or `auto`."""
 
     def __init__(self) -> None:
-        super().__init__(min=1)
+        super().__init__(1, 2**20)
 
     def convert(  # type: ignore[override]  # `auto` is no integer
         self, value: Any, param: click.Parameter | None, context: click.Context | None
@@ -58,35 +57,38 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
 @click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
               "else: a teacher of your own", metavar="PATH")  # fmt: skip
+@teacher_option
 @click.option("--outdir", help="Where to save run directories", metavar="DIR", default="./exps")
 @click.option("--desc", help="Text to add to the name of the run directory", metavar="STR")
 @click.option("--nosubdir", help="Use --outdir itself as the run directory", is_flag=True)
-@click.option("--resume", help="auto: continue an unfinished run of the same settings; never; or a run directory or "
-              "its training state", metavar="auto|never|PATH", default="auto")  # fmt: skip
+@click.option("--resume", help="auto: continue an unfinished run of the same settings, do nothing if it is finished; "
+              "never: start another one; or a run directory or its training state", metavar="auto|never|PATH",
+              default="auto")  # fmt: skip
 @click.option("--resume-override", help="Let the run of --resume=PATH or --nosubdir go on with other settings",
               is_flag=True)  # fmt: skip
 @section("Length and optimisation")
-@click.option("--total_kimg", help="Trajectories to train, thousands", type=POSITIVE, default=200)
-@click.option("--batch", help="Total batch size, over all processes", type=click.IntRange(min=1), default=128)
+@click.option("--total_kimg", help="Trajectories to train, thousands", type=Real(0, 10**6, min_open=True), default=200)
+@click.option("--batch", help="Total batch size, over all processes", type=Whole(1, 2**20), default=128)
 @click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
               "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
 @click.option("--optimizer", help="adam, as published; muon: Muon for weights between hidden layers, at twice "
               "the rate, Adam for the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
-@click.option("--lr", help="Learning rate of Adam, at the start", type=POSITIVE, default=5e-5)
+@click.option("--lr", help="Learning rate of Adam, at the start", type=Real(0, 1000, min_open=True), default=5e-5)
 @click.option("--lr_schedule", help="step: a tenth of it in the second half of the run; linear: falling to zero",
               type=click.Choice(["step", "linear"]), default="step")  # fmt: skip
 @click.option("--loss_knee", help="c of the loss c·log(1 + |d|/c); default: |d|, as published", metavar="FLOAT",
-              type=POSITIVE)  # fmt: skip
-@click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=click.FloatRange(0, 1))
-@click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
+              type=Real(0, 10**6, min_open=True))  # fmt: skip
+@click.option("--dropout", help="Dropout of the student; default: the teacher's own", type=Real(0, 1))
+@click.option("--seed", help="Random seed", type=SEED, default=0)
 @section("Student and teacher schedules")
 @click.option("--num_steps", help="Timestamps of the student, one more than steps; 4 to 7 with step condition",
-              type=int, default=4)  # fmt: skip
-@click.option("--M", "m", help="Timestamps that the teacher inserts between two of the student's", type=int, default=3)
+              type=Whole(2, 1000), default=4)  # fmt: skip
+@click.option("--M", "m", help="Timestamps that the teacher inserts between two of the student's", type=Whole(0, 1000),
+              default=3)  # fmt: skip
 @click.option("--afs", help="Take the first step analytically, which saves one evaluation", type=bool, default=True)
 @click.option("--sampler_tea", help="Teacher solver", type=click.Choice(SOLVERS), default="dpmpp")
 @click.option(
-    "--max_order", help="Order of a multistep solver: iPNDM 1–4, DPM-Solver++ 1–3; default: highest", type=int
+    "--max_order", help="Order of a multistep solver: iPNDM 1–4, DPM-Solver++ 1–3; default: highest", type=Whole(1, 4)
 )
 @click.option("--predict_x0", help="DPM-Solver++: predict the data rather than the noise", type=bool, default=True)
 @click.option("--lower_order_final", help="DPM-Solver++: lower the order in the last steps", type=bool, default=True)
@@ -94,7 +96,9 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--denoise_to_zero", help="Denoise the teacher's last state: one evaluation more, for training only",
               type=bool, default=False)  # fmt: skip
 @click.option("--schedule_type", help="Time schedule", type=click.Choice(SCHEDULES), default="polynomial")
-@click.option("--schedule_rho", help="Exponent of the schedule; logsnr has none", type=POSITIVE, default=7)
+@click.option(
+    "--schedule_rho", help="Exponent of the schedule; logsnr has none", type=Real(0, 1000, min_open=True), default=7
+)
 @section("Variants")
 @click.option("--use_step_condition", help="SFD-v: one student for 4 to 7 timestamps", type=bool, default=False)
 @click.option(
@@ -105,7 +109,7 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
               type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
 @section("Guidance")
 @click.option("--guidance_rate", help="Rate at which the teacher is guided in training; its student is sampled without "
-              "guidance, in half the evaluations; default: 1, none", type=float)  # fmt: skip
+              "guidance, in half the evaluations; default: 1, none", type=Real(-1000, 1000))  # fmt: skip
 @click.option("--guidance_type", help="teacher: as --guidance_rate says; cfg: none in training, and a text-conditioned "
               "student is sampled with it, the published way, default of ms_coco (7.5); uncond: none",
               type=click.Choice(["uncond", "cfg", "teacher"]))  # fmt: skip
@@ -124,15 +128,13 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--grad_compression", help="Several processes: send gradients as they are, or in bf16, half of the bytes",
               type=click.Choice(list(distributed.COMPRESSIONS)), default="none")  # fmt: skip
 @section("Progress")
-@click.option("--tick", help="A status line every so many kimg", type=POSITIVE, default=5)
+@click.option("--tick", help="A status line every so many kimg", type=Real(0, 10**6, min_open=True), default=5)
 @click.option(
-    "--snap", help="Student and picture every so many ticks, and at the end", type=click.IntRange(min=1), default=10
+    "--snap", help="Student and picture every so many ticks, and at the end", type=Whole(1, 10**6), default=10
 )
-@click.option(
-    "--dump", help="Training state every so many ticks, and at the end", type=click.IntRange(min=1), default=10
-)
+@click.option("--dump", help="Training state every so many ticks, and at the end", type=Whole(1, 10**6), default=10)
 @click.option("--keep", help="Training states to keep, the newest; with 2 or more a damaged one costs little",
-              type=click.IntRange(min=1), default=2)  # fmt: skip
+              type=Whole(1, 10**4), default=2)  # fmt: skip
 @click.option("--log", help="Curves and pictures for one of these too, beside the plain files; wandb stays offline "
               "unless WANDB_MODE says otherwise", type=click.Choice(LOGGERS))  # fmt: skip
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
@@ -159,6 +161,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         raise UserError(
             "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
         )
+    place = Place(Path(opts["outdir"]), opts["desc"], not opts["nosubdir"], opts["resume"], opts["resume_override"])
     processes = distributed.expected_world_size()
     batch_gpu = None if opts["batch_gpu"] == "auto" else opts["batch_gpu"]
     micro_batch(config.batch, batch_gpu, processes)
@@ -167,8 +170,9 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
     configure_backends(opts["bench"])
     if opts["dry_run"]:
         if distributed.is_first_process():
+            config = settle(config)
             click.echo(json.dumps(config.to_json(), indent=2))
-            click.echo(describe(config))
+            click.echo(describe(config, plan_run(place, config)))
             click.echo(estimate(config, device, processes, batch_gpu))
         return
     if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and distributed.is_first_process():
@@ -176,17 +180,14 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         click.echo(f"Warning: preset {preset} is made for GPUs and runs on the CPU. {cost}", err=True)
     loop.train(
         config,
-        Path(opts["outdir"]),
+        place,
         device,
-        desc=opts["desc"],
-        subdir=not opts["nosubdir"],
-        resume=opts["resume"],
-        override=opts["resume_override"],
         intervals=Intervals(opts["tick"], opts["snap"], opts["dump"], opts["keep"]),
         batch_gpu=opts["batch_gpu"],
         gradient_checkpointing=opts["gradient_checkpointing"],
         deterministic=opts["deterministic"],
         log=opts["log"],
+        teacher_path=opts["teacher_path"],
     )
 
 

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from tqdm import tqdm
 
 from .checksums import cache_dir, is_first_rank, is_there, locked, mismatch, recorded_digest, say, write_record
 from .errors import UserError
 from .files import sha256_of, write_text
+from .progress import progress
 
 __all__ = ["HUB", "cache_dir", "derive", "fetch", "is_offline"]
 
@@ -345,10 +345,10 @@ class _Pace:
 def _append(part: _Part, response: requests.Response, size: int | None, limit: int, pace: _Pace) -> None:
     """Write what comes; what has filled the disk, or is more than the `limit`, is removed."""
     name = part.path.name[: -len(".part")]
-    options = dict(unit="B", unit_scale=True, desc=name, disable=not is_first_rank())
+    shown = progress(size, "B", part.size, name, is_first_rank(), unit_scale=True)
     total = part.size
     try:
-        with open(part.path, "ab") as file, tqdm(total=size, initial=total, **options) as progress:
+        with open(part.path, "ab") as file, shown as bar:
             for chunk in response.iter_content(CHUNK):
                 pace.piece()
                 total += len(chunk)
@@ -356,7 +356,7 @@ def _append(part: _Part, response: requests.Response, size: int | None, limit: i
                     part.discard()
                     raise _Failed(f"sends more than {limit:,} bytes")
                 file.write(chunk)
-                progress.update(len(chunk))
+                bar.update(len(chunk))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             part.discard()

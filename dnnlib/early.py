@@ -5,6 +5,7 @@ lost by leaving at once. Handlers are set where a command of this program is the
 it; `dnnlib.signals` replaces them while a command runs.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -44,8 +45,15 @@ def _check_packages() -> None:
         )
 
 
+def _ignore_signals() -> None:
+    """All is done when this is called; Python would give signals back their default, which is death by signal."""
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 if is_command():
     _check_packages()
+    atexit.register(_ignore_signals)
     for _number in EXIT_CODES:
         # One that is ignored stays so: a shell's background jobs are not meant by Ctrl-C.
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):

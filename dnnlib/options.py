@@ -1,5 +1,6 @@
 """What the commands have in common: options of several of them, and the form of their help."""
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -8,6 +9,39 @@ from typing import Any
 import click
 
 from .early import EXIT_CODES
+
+
+class _Number:
+    """What numbers of the command line have in common: a value that is none is quoted in part alone."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and len(value) > 40:
+            self.fail(f"{value[:20]!r}… of {len(value)} characters is no number in the range", param, ctx)  # type: ignore[attr-defined]  # of click.ParamType
+        return super().convert(value, param, ctx)  # type: ignore[misc]
+
+
+class Whole(_Number, click.IntRange):
+    """An integer in a range, which `--help` states."""
+
+    def __init__(self, min: int, max: int) -> None:
+        super().__init__(min, max)
+
+
+class Real(_Number, click.FloatRange):
+    """A finite number in a range, which `--help` states."""
+
+    def __init__(self, min: float, max: float, min_open: bool = False) -> None:
+        super().__init__(min, max, min_open=min_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):  # NaN is inside of every range
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+#: As generators take them.
+SEED = Whole(0, 2**32 - 1)
 
 
 def _go_offline(context: click.Context, param: click.Parameter, value: bool) -> None:

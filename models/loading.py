@@ -6,14 +6,14 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, first_line, need
+from dnnlib import UserError, first_line, need, sha256_of
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
 from .diffusers_precond import DiffusersPrecond
@@ -25,7 +25,7 @@ from .networks.guided_unet import GuidedUNet
 from .noise import HIGHEST, DiscreteNoise
 from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDM2Precond, EDMPrecond, Precond
 from .published.diffusers import is_folder, is_stable_diffusion, read_stable_diffusion
-from .published.diffusers_folder import open_folder, read_denoiser
+from .published.diffusers_folder import folder_digest, open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
 from .published.state_dicts import FIRST_STAGE, TEXT, UNET
@@ -304,7 +304,8 @@ def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:
 def _check_there(path: str, source: str) -> None:
     if not Path(path).exists():
         raise UserError(
-            f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed, put it back"
+            f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed: put it "
+            "back, or say where it is by --teacher=PATH"
         )
 
 
@@ -413,12 +414,18 @@ def save_student(path: str | Path, student: Student, training: dict[str, Any]) -
     save_network(path, student.net.state_dict(), settings)
 
 
-def load_student(path: str | os.PathLike | int, device: torch.device | str = "cpu") -> Student:
+def load_student(
+    path: str | os.PathLike | int,
+    device: torch.device | str = "cpu",
+    teacher_path: str | os.PathLike | None = None,
+) -> Student:
     """A distilled model, in eval mode without gradients; `.sampling` holds its settings.
 
     Args:
         path: a file (ours, or a pickle of the reference's training), a run directory (its newest snapshot), or the
             number of a run under `./exps`.
+        device: where to put it.
+        teacher_path: where the file of its teacher is, if not where it was.
 
     Raises:
         UserError: no such file or run, or one that is not a student.
@@ -430,6 +437,8 @@ def load_student(path: str | os.PathLike | int, device: torch.device | str = "cp
         sampling = read_sampling(path)
         tensors, settings = read_network(path)
         spec = settings["network"]
+    if teacher_path is not None:
+        sampling = with_teacher(sampling, teacher_path, str(path))
     net = build_network(spec, tensors, str(path))
     if net.model.use_step_condition != sampling.use_step_condition:
         raise UserError(f"{path} contradicts itself: its network and its settings differ in use_step_condition")
@@ -444,6 +453,43 @@ def load_student(path: str | os.PathLike | int, device: torch.device | str = "cp
     except ValueError as error:
         raise UserError(f"{path} holds a student that cannot be sampled: {error}") from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def digest_of(path: str | os.PathLike) -> str:
+    """What a model's file, or folder, holds: SHA-256 as hex digits."""
+    path = Path(path)
+    return folder_digest(path) if path.is_dir() else sha256_of(path)
+
+
+def with_teacher(sampling: SamplingSettings, path: str | os.PathLike, source: str) -> SamplingSettings:
+    """The settings of the student `source`, whose teacher's file is at `path` now.
+
+    Raises:
+        UserError: its teacher is a registered one, or another one than this.
+    """
+    if sampling.teacher_path is None:
+        raise UserError(f"{source} is a student of {sampling.dataset_name}, which needs no place", "teacher_path")
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; expected the teacher of {source}", "teacher_path")
+    if sampling.teacher_sha256 not in (None, digest_of(path)):
+        raise UserError(f"{path} is not the teacher of {source}, whose contents were others", "teacher_path")
+    return replace(sampling, teacher_path=os.path.abspath(path))
+
+
+def load_teacher_of(student: Student, source: str) -> DiffusionModel:
+    """The teacher of the student `source`, on its device.
+
+    Raises:
+        UserError: its file is gone, or holds something else than before.
+    """
+    s = student.sampling
+    if s.teacher_path is not None:
+        if not Path(s.teacher_path).exists():
+            raise UserError(
+                f"{s.teacher_path}, the teacher of {source}, is not there; say where it is by --teacher=PATH"
+            )
+        with_teacher(s, s.teacher_path, source)
+    return load_teacher(s.dataset_name, s.teacher_path, next(student.parameters()).device, s.guide_path)
 
 
 def read_sampling(path: str | os.PathLike) -> SamplingSettings:

@@ -48,6 +48,7 @@ class SamplingSettings:
         training_guidance_rate: of its teacher's, 1 for none.
         negative_prompt: what that guidance led away from, None for the empty caption.
         teacher_path: file of the teacher, where it is not a registered one.
+        teacher_sha256: of its contents; None in files of earlier versions.
         guide_path: file of the network that guided it, where it is not the teacher's registered one.
     """
 
@@ -65,6 +66,7 @@ class SamplingSettings:
     training_guidance_rate: float = 1.0
     negative_prompt: str | None = None
     teacher_path: str | None = None
+    teacher_sha256: str | None = None
     guide_path: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class SamplingSettings:
             "guidance_rate": math.isfinite(self.guidance_rate),
             "training_guidance_rate": math.isfinite(self.training_guidance_rate),
             **{name: getattr(self, name) is None or isinstance(getattr(self, name), str) for name in texts},
+            "teacher_sha256": self.teacher_sha256 is None or re.fullmatch(r"[0-9a-f]{64}", str(self.teacher_sha256)),
         }
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:

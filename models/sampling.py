@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dnnlib import UserError, sha256_of
+from dnnlib import UserError
 from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.images import to_uint8
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 
-from .loading import find_model, guidance_of, is_teacher_file, load_student, load_teacher, read_sampling
+from .loading import (
+    digest_of,
+    find_model,
+    guidance_of,
+    is_teacher_file,
+    load_student,
+    load_teacher,
+    load_teacher_of,
+    read_sampling,
+)
 from .model import VARIABLE_STEPS, DiffusionModel, Given, SamplingSettings, Student
 from .prompts import Prompts, choose_prompts
-from .published.diffusers_folder import folder_digest
 from .registry import get_row
 
 #: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.
@@ -292,7 +300,12 @@ class OpenedSampler:
 
 
 def open_sampler(
-    model_path: str, dataset_name: str | None, options: SamplerOptions, device: torch.device, dtype: torch.dtype
+    model_path: str,
+    dataset_name: str | None,
+    options: SamplerOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    teacher_path: str | None = None,
 ) -> OpenedSampler:
     """The sampler that a command line describes.
 
@@ -301,6 +314,7 @@ def open_sampler(
         dataset_name: needed for `teacher`; else checked against the file.
         options: solver and schedule for a teacher; `STUDENT_OPTIONS` alone for a student.
         dtype: of the network's core.
+        teacher_path: where a student's teacher is, if not where it was.
 
     Raises:
         UserError: whatever does not fit together.
@@ -309,6 +323,8 @@ def open_sampler(
     if path is None or is_teacher_file(path):
         if dataset_name is not None:
             get_row(dataset_name)
+        if teacher_path is not None:
+            raise UserError("is for a student, and model_path is a teacher", "teacher_path")
         model = load_teacher(dataset_name, path, device, options.guide)
         prompts = choose_prompts(model, options)
         sampler = teacher_sampler(model, options, prompts)
@@ -316,9 +332,9 @@ def open_sampler(
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
         identity = {key: value for key, value in asdict(effective).items() if key not in NOT_OF_ALL}
         if options.guide is not None:
-            identity["guide"] = sha256_of(Path(options.guide))
+            identity["guide"] = digest_of(options.guide)
     else:
-        model = load_student(path, device)
+        model = load_student(path, device, teacher_path)
         _check_student(model.sampling, dataset_name, options)
         prompts = choose_prompts(model, options)
         sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
@@ -334,7 +350,7 @@ def open_sampler(
     if prompts is not None:
         texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
         identity |= {"guidance_rate": sampler.plan.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
-    digest = None if path is None else folder_digest(path) if path.is_dir() else sha256_of(path)
+    digest = None if path is None else digest_of(path)
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 
@@ -370,8 +386,7 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     if not isinstance(model, Student):
         raise UserError("is a teacher; expected the student to compare with its teacher", "model_path")
     settings = model.sampling
-    device = next(model.parameters()).device
-    teacher = load_teacher(model.dataset_name, settings.teacher_path, device, settings.guide_path)
+    teacher = load_teacher_of(model, student.name)
     teacher.negative_prompt = settings.negative_prompt
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent
     # What the student learnt from, or is sampled with.

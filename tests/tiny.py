@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dnnlib import one_line_errors
 from models.loading import network_spec
@@ -268,7 +267,6 @@ def _rank_main(script: str, args: list[str], env: dict[str, str], cwd: str, log:
     if kill is not None:
         _kill_at_call(*kill)
     if disk is not None:
-        tqdm.display = lambda *args, **kwargs: None  # the limit holds for the log too, which slow machines make longer
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     sys.argv = [f"{script}.py", *args]

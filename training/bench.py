@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, device_option, section
+from dnnlib.options import Command, Whole, device_option, section
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
@@ -290,8 +290,8 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @click.command(cls=Command)
 @section("What to time")
 @click.option("--dataset_name", help="Whose network to run, with random weights", metavar="NAME", default="emoji32")
-@click.option("--batch", help="Samples in a training iteration", type=click.IntRange(min=1), default=64)
-@click.option("--repeats", help="Most runs of each stage; the best counts", type=click.IntRange(min=1), default=3)
+@click.option("--batch", help="Samples in a training iteration", type=Whole(1, 2**20), default=64)
+@click.option("--repeats", help="Most runs of each stage; the best counts", type=Whole(1, 1000), default=3)
 @click.option("--switches", help="Also time a training iteration without each of the fast ways", is_flag=True)
 @click.option("--quick", help="One run of every stage, small evaluation stages", is_flag=True)
 @section("Record")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from models.loading import find_student, guidance_of, own_name, read_sampling
+from models.loading import digest_of, find_model, find_student, guidance_of, own_name, read_sampling
 from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
 from models.registry import ROWS, get_row
 from solvers import SamplingPlan, get_solver
+
+#: Timestamps of a teacher's trajectory.
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class DistillConfig:
     dropout: float | None = None
     precision: str = "fp32"
     seed: int = 0
+    #: Of the file at `model_path`, once it is known: what the run is distilled from, wherever that lies.
+    teacher_sha256: str | None = None
 
     @property
     def total_images(self) -> int:
@@ -134,8 +141,9 @@ class DistillConfig:
             guidance_rate=1.0 if self.guidance_type is None and self.guidance_rate is None else self.sampling_rate,
             training_guidance_rate=self.training_rate,
             negative_prompt=self.negative_prompt,
-            teacher_path=None if self.is_second_stage else self.model_path,
-            guide_path=self.guide,
+            teacher_path=None if self.is_second_stage or self.model_path is None else os.path.abspath(self.model_path),
+            teacher_sha256=None if self.is_second_stage else self.teacher_sha256,
+            guide_path=None if self.guide is None else os.path.abspath(self.guide),
         )
 
     def run_name(self, desc: str | None = None) -> str:
@@ -150,6 +158,46 @@ class DistillConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def with_defaults(saved: Any) -> dict[str, Any]:
+    """Settings that an earlier version may have written, with those that it did not know."""
+    if not isinstance(saved, dict):
+        raise TypeError("the settings are no JSON object")
+    return {f.name: f.default for f in fields(DistillConfig) if f.default is not MISSING} | saved
+
+
+def differences(saved: dict[str, Any], config: DistillConfig) -> tuple[str, ...]:
+    """What `config` has otherwise than the `saved` settings of a run, in words.
+
+    A teacher's file counts by its contents, where they are known, and else by its place.
+    """
+    mine, saved = config.to_json(), dict(saved)
+    paths = [os.path.abspath(str(values["model_path"])) for values in (saved, mine)]
+    if None not in (saved["teacher_sha256"], mine["teacher_sha256"]) or paths[0] == paths[1]:
+        saved["model_path"] = mine["model_path"]
+    if None in (saved["teacher_sha256"], mine["teacher_sha256"]):
+        saved["teacher_sha256"] = mine["teacher_sha256"]
+    changed = [name for name, value in mine.items() if saved.get(name) != value]
+    return tuple(f"{name} {_short(saved.get(name))} there, {_short(mine[name])} here" for name in changed)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+class OtherSettings(UserError):
+    """A run has other settings than the command that would continue it."""
+
+
+def refuse_changes(run: Path, changed: Sequence[str], override: bool) -> None:
+    """An error that names the settings that a run has otherwise, unless `override` allows them."""
+    if changed and not override:
+        raise OtherSettings(
+            f"--resume: {run} has other settings ({'; '.join(changed)}); repeat them, start a new run, or go on "
+            "with these by --resume-override"
+        )
 
 
 def span(values: Sequence[int]) -> str:
@@ -181,6 +229,11 @@ def check(config: DistillConfig) -> None:
     for name in ("total_kimg", "lr", "loss_knee", "schedule_rho", "guidance_rate"):
         if not math.isfinite(getattr(config, name) or 0):
             raise UserError(f"--{name}={getattr(config, name)} is not a finite number; give one")
+    if config.teacher_steps(config.num_steps) > MOST_STEPS:
+        raise UserError(
+            f"--num_steps={config.num_steps} --M={config.M} make a trajectory of "
+            f"{config.teacher_steps(config.num_steps)} timestamps; expected at most {MOST_STEPS}"
+        )
     smallest = 3 if config.afs else 2
     if config.num_steps < smallest:
         raise UserError(
@@ -235,8 +288,23 @@ def source_settings(config: DistillConfig) -> SamplingSettings | None:
     return read_sampling(find_student(first_student(config.model_path))) if config.is_second_stage else None
 
 
-def describe(config: DistillConfig) -> str:
-    """What a run would do, in a few lines for people."""
+def settle(config: DistillConfig) -> DistillConfig:
+    """The settings with what the teacher decides: the place and contents of its file, and in the second stage more."""
+    source = source_settings(config)
+    if source is not None:
+        config = follow_teacher(config, source)
+    if config.guide is not None:
+        config = replace(config, guide=os.path.abspath(config.guide))
+    if config.model_path is None:
+        return config
+    path = find_model(config.model_path) if source is None else find_student(config.model_path)
+    if not path.exists():
+        return config  # the loader says what is expected there
+    return replace(config, model_path=os.path.abspath(path), teacher_sha256=digest_of(path))
+
+
+def describe(config: DistillConfig, where: str) -> str:
+    """What a run would do, in a few lines for people; `where` it goes."""
     source = source_settings(config)
     if source is not None:
         config = follow_teacher(config, source)
@@ -244,7 +312,7 @@ def describe(config: DistillConfig) -> str:
     nfes = [config.student_plan(steps).nfe for steps in choices]
     evaluations = [config.teacher_plan(steps, source).nfe for steps in choices]
     return (
-        f"Run directory: 00000-{config.run_name()} (or the next free number)\n"
+        f"Run directory: {where}\n"
         f"Student: NFE {span(nfes)}; teacher: {span(evaluations)} evaluations per trajectory\n"
         f"Length: {config.total_images // config.batch} iterations of {config.batch}"
     )

@@ -31,10 +31,10 @@ from typing import Any, Protocol
 import click
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from dnnlib import UserError, first_line, need, one_line_errors
-from dnnlib.options import Command, section
+from dnnlib.options import Command, Whole, section
+from dnnlib.progress import progress
 from torch_utils.image_writer import ImageWriter
 from torch_utils.metrics.image_set import FORMATS, NO_IMAGE, ImageDataset, to_pixels
 
@@ -378,13 +378,13 @@ class Conversion:
 def write_archive(source: Source, count: int, conversion: Conversion, writer: ImageWriter) -> int:
     """Convert and write the first `count` images that are not there yet; returns how many the archive has."""
     missing = writer.missing(range(count))
-    with ThreadPoolExecutor() as pool, tqdm(total=len(missing), unit="img", dynamic_ncols=True) as progress:
+    with ThreadPoolExecutor() as pool, progress(len(missing)) as bar:
         for start in range(0, len(missing), AHEAD):
             part = missing[start : start + AHEAD]
             for index, square in zip(part, pool.map(partial(conversion, source), part)):
                 if square is not None:
                     writer.write([index], square[None])
-            progress.update(len(part))
+            bar.update(len(part))
     writer.flush()
     kept = sorted(set(range(count)) - set(writer.missing(range(count))))
     if not kept:
@@ -403,7 +403,7 @@ def write_archive(source: Source, count: int, conversion: Conversion, writer: Im
 @click.option("--transform", help="How an image becomes a square; default: it has to be one",
               type=click.Choice(list(TRANSFORMS)))  # fmt: skip
 @click.option("--upright", help="Apply the EXIF orientation of photographs", is_flag=True)
-@click.option("--max_images", help="Take only so many, from the first on", type=click.IntRange(min=1))
+@click.option("--max_images", help="Take only so many, from the first on", type=Whole(1, 10**9))
 @section("Classes")
 @click.option("--labels", help="auto: those of dataset.json or CIFAR-10; folders: each first folder is a class",
               type=click.Choice(LABEL_KINDS), default="auto")  # fmt: skip

@@ -36,10 +36,15 @@ from .optimizers import make_optimizer
 EULER = get_solver("euler")
 
 
-def load_source(config: DistillConfig, device: torch.device | str = "cpu") -> DiffusionModel:
-    """The model that a run distils: a diffusion model or, in the second stage, a student."""
+def load_source(
+    config: DistillConfig, device: torch.device | str = "cpu", teacher_path: str | None = None
+) -> DiffusionModel:
+    """The model that a run distils: a diffusion model or, in the second stage, a student.
+
+    `teacher_path` is where the teacher of that student is, if not where it was.
+    """
     if config.is_second_stage:
-        return load_student(first_student(config.model_path), device)
+        return load_student(first_student(config.model_path), device, teacher_path)
     return load_teacher(config.dataset_name, config.model_path, device, config.guide)
 
 

@@ -22,13 +22,13 @@ from torch_utils.random import derive_seed
 
 from . import runs
 from .conditions import DROPOUT, INIT, Batches
-from .config import DistillConfig, follow_teacher, micro_batch
+from .config import DistillConfig, micro_batch, settle
 from .cost import largest_micro_batch
 from .distill import Distiller, Teacher, load_source, perceptual_loss
 from .health import Health, StopRequests
 from .optimizers import set_learning_rate
 from .report import Report
-from .runs import Intervals
+from .runs import Intervals, Place
 from .state import TrainingState
 
 
@@ -99,11 +99,11 @@ def save_snapshot(state: TrainingState, report: Report, run_dir: Path, picture: 
         save_student(run_dir / runs.snapshot_name(state.images), student, training)
 
 
-def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, Teacher, Student]:
-    """Teacher and student of a run, and the config with what the teacher decides filled in."""
-    source = load_source(config, device)
-    if isinstance(source, Student):
-        config = follow_teacher(config, source.sampling)
+def load_models(
+    config: DistillConfig, device: torch.device, teacher_path: str | None = None
+) -> tuple[Teacher, Student]:
+    """Teacher and student of a run; for `teacher_path` see `load_source`."""
+    source = load_source(config, device, teacher_path)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
     if isinstance(source, Student):  # the first teacher, where it has no registered name, stays known
         sampling = replace(sampling, **_first_teacher(sampling, source.sampling))
@@ -123,12 +123,12 @@ def load_models(config: DistillConfig, device: torch.device) -> tuple[DistillCon
         raise UserError(f"{source.dataset_name} cannot be distilled on this schedule: {error}") from None
     if source.latent is not None:
         source.latent.decoder()  # pictures need it, and a run should not end without them
-    return config, teacher, student
+    return teacher, student
 
 
 def _first_teacher(sampling: SamplingSettings, first: SamplingSettings) -> dict[str, Any]:
     """What a student of the second stage records of its teacher's."""
-    kept: dict[str, Any] = {"teacher_path": first.teacher_path, "guide_path": first.guide_path}
+    kept: dict[str, Any] = {name: getattr(first, name) for name in ("teacher_path", "teacher_sha256", "guide_path")}
     if sampling.training_guidance_rate == 1:
         kept |= dict(training_guidance_rate=first.training_guidance_rate, negative_prompt=first.negative_prompt)
     return kept
@@ -143,54 +143,63 @@ def _with_guidance(sampling: SamplingSettings, source: DiffusionModel) -> Sampli
 
 def train(
     config: DistillConfig,
-    outdir: Path,
+    place: Place,
     device: torch.device,
     *,
-    desc: str | None = None,
-    subdir: bool = True,
-    resume: str = "auto",
-    override: bool = False,
     intervals: Intervals,
     batch_gpu: int | str | None = None,
     gradient_checkpointing: bool = False,
     deterministic: bool = False,
     log: str | None = None,
+    teacher_path: str | None = None,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
     `batch_gpu` (`auto` tries out what fits) and `gradient_checkpointing` save memory and change nothing else.
     `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
-    docs/reliability.md. For `resume` and `override` see `runs.open_run`, for `log` `training.loggers`.
+    docs/reliability.md. For `log` see `training.loggers`, for `teacher_path` `load_source`.
     """
     if deterministic:
         use_deterministic_algorithms()
     distributed.init(device)
+    config = distributed.on_first_rank(lambda: settle(config))
     share = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, distributed.world_size())
-    full_config, teacher, student = load_models(config, device)
+    if path := distributed.on_first_rank(lambda: runs.finished_run(place, config)):
+        return _finish(path)
+    teacher, student = load_models(config, device, teacher_path)
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
     prompts = captions_by_seed() if student.has_text else None
     if prompts is not None and isinstance(student.latent, FolderSpace):
         student.latent.prepare(prompts.texts, device)
-    lpips = perceptual_loss(full_config, student)
+    lpips = perceptual_loss(config, student)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
     launch |= {"torch": torch.__version__, **vars(intervals), "log": log}
-    opened = distributed.on_first_rank(lambda: runs.open_run(outdir, config, launch, desc, subdir, resume, override))
+    opened = distributed.on_first_rank(lambda: runs.open_run(place, config, launch))
+    if opened.is_finished:  # by a process that was faster
+        return _finish(opened.path)
     size = largest_micro_batch(teacher, student, lpips, share) if batch_gpu == "auto" else share
-    distiller = Distiller(teacher, student, full_config, size, lpips)
+    distiller = Distiller(teacher, student, config, size, lpips)
     state = TrainingState(distiller, Health(distiller))
     report = Report(opened.path, state, prompts)
-    if state.restore(opened.path, report.log):
+    if state.restore(opened.path, report.log, place.override):
         report.log(f"Continuing {opened.path} at kimg {state.images / 1000:g}")
     if opened.changed:
         report.log(f"Warning: other settings than before: {'; '.join(opened.changed)}")
     distributed.on_first_rank(lambda: runs.cut_stats(opened.path, state.images))
     report.describe()
     with report.logged(log, {**config.to_json(), **launch}):
-        distil(state, Batches(full_config, student, prompts, device), report, opened.path, intervals)
+        distil(state, Batches(config, student, prompts, device), report, opened.path, intervals)
     report.log(f"Student: {opened.path / runs.snapshot_name(state.images)}")
     report.log(f"Picture: {opened.path / runs.picture_name(state.images)}")
     opened.close()
     distributed.shutdown()
     return opened.path
+
+
+def _finish(run_dir: Path) -> Path:
+    if distributed.rank() == 0:
+        print(f"already finished: {run_dir}; --resume=never trains another one")
+    distributed.shutdown()
+    return run_dir

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dnnlib import UserError
-from dnnlib.options import device_option, offline_option, section
+from dnnlib.options import Real, Whole, device_option, offline_option, section
 from models.detectors import NAMES, check_detector
 from models.detectors.inception import RESIZES
 from models.registry import ROWS
@@ -65,6 +65,9 @@ def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
     return [[seed + t * step for seed in seeds] for t in range(trials)]
 
 
+teacher_option = click.option(
+    "--teacher", "teacher_path", help="Where a student's own teacher is, if it was moved", metavar="PATH"
+)
 #: A model, and what it is to make.
 sample_options = combined(
     section("What to sample"),
@@ -75,25 +78,28 @@ sample_options = combined(
     click.option("--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63",
                  callback=parse_seeds),
     click.option("--class", "class_index", help="Class of all images; default: random by seed",
-                 type=click.IntRange(min=0)),
+                 type=Whole(0, 10**6)),
     click.option("--prompt", help="Caption of all images, for a text-conditioned model", metavar="TEXT"),
     click.option("--prompts", help="File of captions, one in each line, or a CSV file with a column text: seed i gets "
                  "number i, and they start again at the end; default: random by seed", metavar="TXT|CSV"),
     click.option("--guidance_rate", help="Guidance towards the caption or the class, 1 for none; default: the rate "
-                 "that the student records, or the teacher's own", type=float),
+                 "that the student records, or the teacher's own", type=Real(-1000, 1000)),
+    teacher_option,
 )  # fmt: skip
 #: How it samples; with those of `sample_options` the fields of `SamplerOptions`.
 solver_options = combined(
     section("Student"),
-    click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18", type=int),
+    click.option("--num_steps", help="Timestamps. Student: one of 4–7 for SFD-v. Teacher: default 18",
+                 type=Whole(2, 10_000)),
     section("Teacher"),
     click.option("--solver", help="Teacher: solver; default: heun", type=click.Choice(SOLVERS)),
-    click.option("--max_order", help="Teacher: order of a multistep solver", type=int),
+    click.option("--max_order", help="Teacher: order of a multistep solver", type=Whole(1, 4)),
     click.option("--predict_x0", help="Teacher: DPM-Solver++ predicts the data; default: True", type=bool),
     click.option("--lower_order_final", help="Teacher: DPM-Solver++ lowers its last orders; default: True", type=bool),
     click.option("--thresholding", help="Teacher: dynamic thresholding; default: False", type=bool),
     click.option("--schedule_type", help="Teacher: time schedule; default: polynomial", type=click.Choice(SCHEDULES)),
-    click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7", type=float),
+    click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7",
+                 type=Real(0, 1000, min_open=True)),
     click.option("--afs", help="Teacher: analytical first step; default: False", type=bool),
     click.option("--guide", help="Teacher: file of a second network, which guidance leads away from", metavar="PATH"),
     click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: with heun",
@@ -149,10 +155,8 @@ figure_option = click.option("--figure", help="Where to draw; its suffix says as
                              callback=parse_figure)  # fmt: skip
 dry_run_option = click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
 machine_options = combined(
-    click.option("--batch", help="Images at a time, per process", type=click.IntRange(1, 1 << 20), default=64),
-    click.option(
-        "--workers", help="Processes that decode images, per process", type=click.IntRange(0, 1024), default=2
-    ),
+    click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64),
+    click.option("--workers", help="Processes that decode images, per process", type=Whole(0, 1024), default=2),
     device_option,
     offline_option,
     dry_run_option,

@@ -13,7 +13,7 @@ import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError, one_line_errors
-from dnnlib.options import Command, device_option, offline_option, section
+from dnnlib.options import Command, Whole, device_option, offline_option, section
 from models.loading import find_student, load_student
 from models.prompts import choose_prompts
 from models.sampling import SamplerOptions, draw_latents, student_sampler
 from solvers import Callback
 from torch_utils.device import configure_backends, pick_device
 
-from .config import DistillConfig
 from .distill import Teacher, load_source
 from .evaluation.figures import check_suffix, draw_by_kimg, draw_comparison, need_matplotlib, panels, save_figure
 from .evaluation.records import read_records
-from .runs import STATS, find_run, read_options
+from .options import teacher_option
+from .runs import STATS, find_run, read_config, recorded_settings
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
 #: Where the name of a sampler or a folder of images tells the snapshot, in kimg.
@@ -56,7 +56,7 @@ def read_losses(run_dir: Path) -> dict[tuple[int, int], tuple[list[float], list[
 
     What was not finite is left out, and so is an analytical first step, which trains nothing.
     """
-    is_analytical = bool((read_options(run_dir) or {}).get("afs"))
+    is_analytical = bool((recorded_settings(run_dir) or {}).get("afs"))
     curves: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     for record in read_records(run_dir / STATS):
         for name, value in record.items():
@@ -135,13 +135,13 @@ class Trajectories:
 
 
 @torch.no_grad()
-def trace(run_dir: Path, num_steps: int | None, count: int, device: torch.device) -> Trajectories:
+def trace(
+    run_dir: Path, num_steps: int | None, count: int, device: torch.device, teacher_path: str | None = None
+) -> Trajectories:
     """Trajectories of a run's teacher and newest student for seeds 0 to `count` − 1, without guidance, as trained."""
-    settings = read_options(run_dir)
-    if settings is None:
-        raise UserError(f"{run_dir} holds no readable training options; expected the directory of a run")
-    student = load_student(find_student(run_dir), device)
-    config = DistillConfig(**settings)
+    config, student = read_config(run_dir), load_student(find_student(run_dir), device, teacher_path)
+    if teacher_path is not None and not config.is_second_stage:
+        config = replace(config, model_path=student.sampling.teacher_path)
     sampler = student_sampler(student, num_steps, guidance_rate=1)
     prompts = choose_prompts(student, SamplerOptions())
     teacher = Teacher(load_source(config, device), config, student.sampling)
@@ -224,8 +224,9 @@ def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
 @click.option("--fd", help="Distances that fid.py recorded; RUN may be its metrics.jsonl too",
               type=click.Choice(["nfe", "kimg"]))  # fmt: skip
 @section("Trajectories")
-@click.option("--num", help="Trajectories to draw: seeds 0 to so many", type=click.IntRange(1, 16), default=3)
-@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=int)
+@click.option("--num", help="Trajectories to draw: seeds 0 to so many", type=Whole(1, 16), default=3)
+@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=Whole(2, 1000))
+@teacher_option
 @device_option
 @offline_option
 @section("Where to")
@@ -250,7 +251,8 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
     dest = dest or folder / (f"fd-{fd}.png" if fd else "trajectory.png" if trajectory else "losses.png")
     if trajectory:
         configure_backends()
-        found = trace(places[0], opts["num_steps"], opts["num"], pick_device(opts["device"]))
+        device = pick_device(opts["device"])
+        found = trace(places[0], opts["num_steps"], opts["num"], device, opts["teacher_path"])
         draw_trajectories(found, dest)
         each = ", ".join(f"{value:.4g}" for value in found.deviation.mean(1).tolist())
         click.echo(f"Mean |student − teacher| at each timestamp: {each}")

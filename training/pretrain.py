@@ -34,10 +34,10 @@ import click
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, device_option, precision_option, section
+from dnnlib.options import SEED, Command, Real, Whole, device_option, precision_option, section
+from dnnlib.progress import progress
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import (
     read_network,
@@ -317,10 +317,10 @@ def run(trainer: Trainer) -> Iterator[str]:
     losses: list[Tensor] = []
     started, before = time.time(), trainer.seconds
     next_snap = trainer.nimg + config.snap_kimg * 1000
-    with tqdm(total=total, initial=trainer.nimg, unit="img", dynamic_ncols=True) as progress:
+    with progress(total, initial=trainer.nimg) as bar:
         while trainer.nimg < total:
             losses.append(trainer.step())
-            progress.update(config.batch)
+            bar.update(config.batch)
             if trainer.nimg >= next_snap or trainer.nimg >= total:
                 next_snap += config.snap_kimg * 1000
                 trainer.seconds = before + time.time() - started
@@ -385,35 +385,31 @@ def _widths(value: str) -> tuple[float, ...]:
     "--cond", help="Train a class-conditional model from the labels of dataset.json", type=bool, default=False
 )
 @click.option("--label_dropout", help="Part of the images that is seen without its label, for guidance",
-              type=click.FloatRange(0, 1), default=0.0)  # fmt: skip
+              type=Real(0, 1), default=0.0)  # fmt: skip
 @click.option("--xflip", help="Mirror half of the images", type=bool, default=False)
 @section("Network")
-@click.option("--channels", help="Width of the first level", type=click.IntRange(min=4), default=32)
+@click.option("--channels", help="Width of the first level", type=Whole(4, 1024), default=32)
 @click.option("--mult", help="Width of each level, in multiples of --channels", metavar="LIST", default="1,2,3")
-@click.option("--blocks", help="Residual blocks per level", type=click.IntRange(min=1), default=1)
+@click.option("--blocks", help="Residual blocks per level", type=Whole(1, 16), default=1)
 @click.option("--attn", help="Resolutions with self-attention", metavar="LIST", default="8")
-@click.option("--dropout", help="Dropout probability", type=click.FloatRange(0, 1), default=0.0)
+@click.option("--dropout", help="Dropout probability", type=Real(0, 1), default=0.0)
 @section("Optimisation")
-@click.option(
-    "--kimg", help="Length of the run, thousands of images", type=click.FloatRange(min=0, min_open=True), default=2000
-)
-@click.option("--batch", help="Images in an iteration", type=click.IntRange(min=1), default=64)
+@click.option("--kimg", help="Length of the run, thousands of images", type=Real(0, 10**6, min_open=True), default=2000)
+@click.option("--batch", help="Images in an iteration", type=Whole(1, 2**20), default=64)
 @click.option("--optimizer", help="adam, or muon: Muon for weights between hidden layers, at twice the rate, Adam for "
               "the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
 @click.option("--lr", help="Learning rate of Adam, after a warm-up of 10 kimg",
-              type=click.FloatRange(min=0, min_open=True), default=2e-3)  # fmt: skip
-@click.option(
-    "--decay", help="Last part of the run over which the rate falls to zero", type=click.FloatRange(0, 1), default=0.3
-)
+              type=Real(0, 1000, min_open=True), default=2e-3)  # fmt: skip
+@click.option("--decay", help="Last part of the run over which the rate falls to zero", type=Real(0, 1), default=0.3)
 @click.option("--ema", help="Relative widths of the averages of the weights, up to 0.288; the first is "
               "teacher.safetensors", metavar="LIST", default="0.05")  # fmt: skip
 @click.option("--transfer", help="Start from the weights of this network, where names and shapes agree", metavar="FILE")
-@click.option("--seed", help="Random seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", help="Random seed", type=SEED, default=0)
 @section("Machine")
 @precision_option
 @device_option
 @section("Progress")
-@click.option("--snap", help="Save every so many kimg", type=click.FloatRange(min=0, min_open=True), default=50)
+@click.option("--snap", help="Save every so many kimg", type=Real(0, 10**6, min_open=True), default=50)
 @click.option("-n", "--dry-run", help="Check and print what would be done, then stop", is_flag=True)
 def main(data: str, outdir: str, **opts: Any) -> None:
     """Train a small EDM teacher on a folder or zip of images, on one device.

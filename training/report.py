@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dnnlib import Logger, format_count, format_duration
+from dnnlib.progress import progress
 from models.prompts import Prompts
 from models.sampling import draw_latents, student_sampler
 from torch_utils import distributed
@@ -82,13 +82,10 @@ class Report:
     def _start_logger(self, name: str, settings: Mapping[str, Any]) -> None:
         self._logger = RunLogger(name, self.run_dir, settings, self.state.images, self.log)
 
-    def bar(self) -> tqdm:
+    def bar(self) -> Any:
         """A progress bar in images, from where the run is, for a terminal; elsewhere the status lines serve."""
         self._reported = self.state.images
-        total = self.distiller.config.total_images
-        # None: only where standard error is a terminal.
-        hidden = None if self.is_first else True
-        return tqdm(total=total, initial=self.state.images, unit="img", disable=hidden, dynamic_ncols=True)
+        return progress(self.distiller.config.total_images, "img", self.state.images, show=self.is_first, lines=False)
 
     def tick(self, tick: int, losses: dict[str, float], duration: float, maintenance: float) -> None:
         """A status line, and a line of `stats.jsonl`.
@@ -129,12 +126,13 @@ class Report:
 def status_line(tick: int, stats: Mapping[str, Any], left: float) -> str:
     """At most 100 columns; `left`: seconds to the end, of training alone."""
     fields = {
-        "tick": f"{tick:<4d}", "kimg": f"{stats['kimg']:<6g}", "time": f"{format_duration(stats['seconds']):<10s}",
+        "tick": f"{tick:<4d}", "kimg": f"{stats['kimg']:<6.6g}", "time": f"{format_duration(stats['seconds']):<10s}",
         "eta": f"{format_duration(left):<10s}", "sec/kimg": f"{stats['sec_per_kimg']:<6.4g}",
         "loss": f"{stats['loss']:<6.4g}", "mem": f"{stats.get('gpumem', stats['cpumem']):<4.3g}",
     }  # fmt: skip
-    if stats["skipped"]:
+    if stats["skipped"]:  # in place of the memory, of which `stats.jsonl` has more
         fields["skipped"] = f"{stats['skipped']}"
+        del fields["mem"]
     return " ".join(f"{name} {value}" for name, value in fields.items()).rstrip()
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dnnlib import UserError, make_folder, write_text
+from dnnlib import UserError, first_line, make_folder, write_text
 from dnnlib.files import remove_leftovers
 from models.loading import RUNS_DIR
-from torch_utils.checkpoint import read_settings
+from torch_utils.checkpoint import read_settings, read_state, usable_state
 
-from .config import DistillConfig
+from .config import DistillConfig, check, differences, refuse_changes, with_defaults
+from .state import states
 
 OPTIONS, STATS, LOG, LOCK = "training_options.json", "stats.jsonl", "log.txt", ".lock"
 NUMBERED = "[0-9]" * 5 + "-*"
@@ -47,15 +48,59 @@ def write_options(run_dir: Path, config: DistillConfig, launch: dict[str, Any]) 
 
 
 def read_options(run_dir: Path) -> dict[str, Any] | None:
-    """The config that a run was started with, None where there is none to read.
+    """The settings that a run was started with, None where there are none.
 
     A setting that did not exist then has its default, which is always what was done before.
+
+    Raises:
+        UserError: the file is damaged.
     """
-    try:
-        saved = json.loads((run_dir / OPTIONS).read_text(encoding="utf-8"))["config"]
-        return {f.name: f.default for f in fields(DistillConfig) if f.default is not MISSING} | saved
-    except (OSError, ValueError, KeyError, TypeError):
+    path = run_dir / OPTIONS
+    if not path.exists():
         return None
+    try:
+        if not path.is_file():
+            raise TypeError("it is no regular file")
+        return with_defaults(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); put it back, or remove it") from None
+
+
+def recorded_settings(run_dir: Path) -> dict[str, Any] | None:
+    """The settings of a run as its options or, where these are missing or damaged, its states record them.
+
+    Raises:
+        UserError: it has begun, and neither tells.
+    """
+    damage: UserError | None = None
+    try:
+        saved = read_options(run_dir)
+    except UserError as error:
+        saved, damage = None, error
+    if saved is not None:
+        return saved
+    found = states(run_dir)
+    for path in found:
+        with contextlib.suppress(UserError), usable_state(path):
+            return with_defaults(read_state(path)["config"])
+    if damage is not None:
+        raise damage
+    if found or any(run_dir.glob("network-snapshot-*")):
+        raise UserError(f"{run_dir} holds a run without {OPTIONS}; put that file back, or use another folder")
+    return None
+
+
+def read_config(run_dir: Path) -> DistillConfig:
+    """The settings of a run that has begun; a UserError if they are not to be had, or unusable."""
+    saved = recorded_settings(run_dir)
+    if saved is None:
+        raise UserError(f"{run_dir} holds no {OPTIONS}; expected the directory of a run")
+    try:
+        config = DistillConfig(**saved)
+        check(config)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{run_dir} has unusable settings ({first_line(error)}); put {OPTIONS} back") from None
+    return config
 
 
 def lock(run_dir: Path) -> TextIO | None:
@@ -72,7 +117,7 @@ def lock(run_dir: Path) -> TextIO | None:
 def is_finished(run_dir: Path, config: DistillConfig) -> bool:
     last = run_dir / snapshot_name(config.total_images)
     try:
-        return last.exists() and read_settings(last)["training"]["images"] >= config.total_images
+        return last.is_file() and read_settings(last)["training"]["images"] == config.total_images
     except (UserError, KeyError, TypeError):
         return False  # damaged: continuing the run writes it again
 
@@ -89,11 +134,13 @@ class OpenedRun:
     Attributes:
         held: keeps other processes out while it is open.
         changed: settings that differ from those it was started with, in words.
+        is_finished: whether there is nothing left to do.
     """
 
     path: Path
     held: TextIO | None
     changed: tuple[str, ...] = ()
+    is_finished: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "held": None}
@@ -103,97 +150,149 @@ class OpenedRun:
             self.held.close()
 
 
-def open_run(
-    outdir: Path,
-    config: DistillConfig,
-    launch: dict[str, Any],
-    desc: str | None = None,
-    subdir: bool = True,
-    resume: str = "auto",
-    override: bool = False,
-) -> OpenedRun:
-    """The directory of this run, held by a lock: an unfinished one of the same settings, or a new one.
+@dataclass(frozen=True)
+class Place:
+    """Where a run goes, as the command line says.
 
-    Args:
-        launch: what is recorded beside the settings.
-        outdir: where run directories go; itself the run directory with `subdir=False`.
+    Attributes:
+        outdir: where run directories are; itself the run directory without `subdir`.
+        desc: added to the name of a new one.
         resume: `auto` continues the newest unfinished run of the same settings, `never` starts a new one, a path
             continues that run, or the run that holds that training state.
         override: let a run that was chosen by its path go on with other settings.
     """
-    opened = _open_run(outdir, config, desc, subdir, resume, override)
-    remove_leftovers(opened.path)
-    write_options(opened.path, config, launch)
+
+    outdir: Path
+    desc: str | None = None
+    subdir: bool = True
+    resume: str = "auto"
+    override: bool = False
+
+    @property
+    def chosen(self) -> Path | None:
+        """The run directory, where it is given by its path."""
+        if self.resume not in ("auto", "never"):
+            return Path(self.resume) if Path(self.resume).is_dir() else Path(self.resume).parent
+        return None if self.subdir else self.outdir
+
+    @property
+    def starts_anew(self) -> bool:
+        """torchrun repeats a command whose first attempt has made the run, which then goes on."""
+        return self.resume == "never" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def locate_run(place: Place, config: DistillConfig) -> tuple[Path | None, bool]:
+    """The run directory that a command continues, None for a new one; and whether that run is finished already."""
+    if place.chosen is not None:
+        return place.chosen, is_finished(place.chosen, config)
+    finished = None
+    for run_dir in [] if place.starts_anew else numbered(place.outdir):
+        try:
+            saved = recorded_settings(run_dir)
+        except UserError:
+            continue  # a run that cannot be told apart is not this one's business
+        if saved is not None and not differences(saved, config):
+            if not is_finished(run_dir, config):
+                return run_dir, False
+            finished = finished or run_dir
+    return finished, finished is not None
+
+
+def finished_run(place: Place, config: DistillConfig) -> Path | None:
+    """The run that this command repeats, if it is over and has these settings; nothing is loaded to find out."""
+    run_dir, finished = locate_run(place, config)
+    if not finished or run_dir is None or place.starts_anew:
+        return None
+    saved = recorded_settings(run_dir)
+    return run_dir if saved is not None and not differences(saved, config) else None
+
+
+def next_run(place: Place, config: DistillConfig) -> Path:
+    """The directory that a new run would get."""
+    taken = [int(path.name[:5]) for path in place.outdir.glob(NUMBERED)]
+    return place.outdir / f"{max(taken, default=-1) + 1:05d}-{config.run_name(place.desc)}"
+
+
+def open_run(place: Place, config: DistillConfig, launch: dict[str, Any]) -> OpenedRun:
+    """The directory of this run, held by a lock, with its settings and `launch` in `training_options.json`.
+
+    Raises:
+        UserError: the run has other settings, or another process holds it.
+    """
+    if place.chosen is not None:
+        opened = _open_chosen(place, place.chosen, config)
+        if not opened.is_finished:
+            write_options(opened.path, config, launch)
+    else:
+        make_folder(place.outdir, "outdir")
+        with open(place.outdir / LOCK, "w", encoding="utf-8") as numbering:
+            # Launches at the same time take different numbers, or find each other's run.
+            fcntl.flock(numbering, fcntl.LOCK_EX)
+            run_dir, finished = locate_run(place, config)
+            if finished and run_dir is not None:
+                return OpenedRun(run_dir, None, is_finished=True)
+            if run_dir is None:
+                run_dir = next_run(place, config)
+                run_dir.mkdir()
+            opened = OpenedRun(run_dir, _require_lock(run_dir))
+            write_options(run_dir, config, launch)
+    if not opened.is_finished:
+        remove_leftovers(opened.path)
     return opened
 
 
-def _open_run(
-    outdir: Path, config: DistillConfig, desc: str | None, subdir: bool, resume: str, override: bool
-) -> OpenedRun:
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = "auto"  # torchrun repeats a command whose first attempt has made the run
-    if resume not in ("auto", "never"):
-        run_dir = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-        saved = read_options(run_dir)
-        if saved is None:
-            raise UserError(
-                f"--resume={resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its training state"
-            )
-        changed = _changes(run_dir, saved, config, override)
-        return OpenedRun(run_dir, _require_lock(run_dir), changed)
-    make_folder(outdir, "outdir")
-    if not subdir:
-        changed, saved = (), read_options(outdir)
-        if saved is not None:
-            if resume == "never":
-                raise UserError(f"{outdir} already holds a run; use --resume=auto, or another --outdir")
-            changed = _changes(outdir, saved, config, override)
-        return OpenedRun(outdir, _require_lock(outdir), changed)
-    if resume == "auto":
-        for run_dir in numbered(outdir):
-            if (
-                read_options(run_dir) == config.to_json()
-                and not is_finished(run_dir, config)
-                and (held := lock(run_dir))
-            ):
-                return OpenedRun(run_dir, held)
-    with open(outdir / LOCK, "w", encoding="utf-8") as numbering:
-        fcntl.flock(numbering, fcntl.LOCK_EX)  # launches at the same time take different numbers
-        taken = [int(p.name[:5]) for p in outdir.glob(NUMBERED)]
-        run_dir = outdir / f"{max(taken, default=-1) + 1:05d}-{config.run_name(desc)}"
-        run_dir.mkdir()
-        return OpenedRun(run_dir, _require_lock(run_dir))
+def plan_run(place: Place, config: DistillConfig) -> str:
+    """Where a run of this command would go, for people."""
+    run_dir, finished = locate_run(place, config)
+    if run_dir is None:
+        return f"{next_run(place, config)}, a new run"
+    known = run_dir.is_dir() and recorded_settings(run_dir) is not None
+    return f"{run_dir}, {'already finished' if finished else 'continued' if known else 'a new run'}"
+
+
+def _open_chosen(place: Place, run_dir: Path, config: DistillConfig) -> OpenedRun:
+    is_named = place.resume not in ("auto", "never")
+    if not is_named:
+        make_folder(run_dir, "outdir")
+    saved = recorded_settings(run_dir) if run_dir.is_dir() else None
+    if saved is None and is_named:
+        raise UserError(
+            f"--resume={place.resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its training state"
+        )
+    if saved is not None and place.starts_anew:
+        raise UserError(f"{run_dir} already holds a run; use --resume=auto, or another --outdir")
+    changed = () if saved is None else differences(saved, config)
+    refuse_changes(run_dir, changed, place.override)
+    if saved is not None and is_finished(run_dir, config) and not changed:
+        return OpenedRun(run_dir, None, is_finished=True)
+    return OpenedRun(run_dir, _require_lock(run_dir), changed)
 
 
 def _require_lock(run_dir: Path) -> TextIO:
     held = lock(run_dir)
     if held is None:
-        raise UserError(f"{run_dir} is being trained by another process; wait for it, or use another --outdir")
+        raise UserError(
+            f"{run_dir}, a run of these settings, is being trained by another process; wait for it, or start another "
+            "one with --resume=never"
+        )
     return held
 
 
-def _changes(run_dir: Path, saved: dict[str, Any], config: DistillConfig, override: bool) -> tuple[str, ...]:
-    """What differs from the `saved` settings of the run; an error unless `override` allows it."""
-    changed = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in config.to_json().items() if saved.get(k) != v]
-    if changed and not override:
-        raise UserError(
-            f"--resume: {run_dir} has other settings ({'; '.join(changed)}); repeat them, start a new run, or go on "
-            "with these by --resume-override"
-        )
-    return tuple(changed)
-
-
 def cut_stats(run_dir: Path, images: int) -> None:
-    """Drop statistics from after the state that a run continues from."""
+    """Drop statistics from after the state that a run continues from, and lines that a kill has broken."""
     path = run_dir / STATS
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _images_of(line) <= images]
-        write_text(path, "".join(line + "\n" for line in lines))
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+        write_text(path, "".join(line + "\n" for line in lines if 0 <= _images_of(line) <= images))
 
 
 def _images_of(line: str) -> float:
-    found = re.search(r'"images": (\d+)', line)
-    return int(found[1]) if found else float("inf")
+    """How far the run was at a line of statistics, −1 for what is none."""
+    try:
+        images = json.loads(line)["images"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return images if type(images) is int else -1
 
 
 def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:

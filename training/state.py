@@ -15,6 +15,7 @@ from dnnlib import UserError
 from torch_utils import distributed
 from torch_utils.checkpoint import read_state, save_state, usable_state
 
+from .config import OtherSettings, differences, refuse_changes, with_defaults
 from .distill import Distiller
 from .health import Health
 
@@ -52,24 +53,27 @@ class TrainingState:
             }
             save_newest_state(run_dir, state, keep)
 
-    def restore(self, run_dir: Path, log: Callable[[str], None]) -> bool:
+    def restore(self, run_dir: Path, log: Callable[[str], None], override: bool = False) -> bool:
         """Continue from the newest usable state of a run, on all ranks; whether there is any state.
 
         Damaged newer ones are set aside, and the log says so.
 
         Raises:
-            UserError: there are states, but none is usable; nothing is touched then.
+            UserError: there are states, but none is usable, or one of other settings and no `override`; nothing is
+                touched then.
         """
-        path = distributed.on_first_rank(lambda: self._restore_newest(run_dir, log))
+        path = distributed.on_first_rank(lambda: self._restore_newest(run_dir, log, override))
         if path is not None and distributed.rank() > 0:
-            self._restore(path, is_whole=True)
+            self._restore(path, override, is_whole=True)
         return path is not None
 
-    def _restore_newest(self, run_dir: Path, log: Callable[[str], None]) -> Path | None:
+    def _restore_newest(self, run_dir: Path, log: Callable[[str], None], override: bool) -> Path | None:
         damaged: list[tuple[Path, UserError]] = []
         for path in states(run_dir):
             try:
-                self._restore(path)
+                self._restore(path, override)
+            except OtherSettings:
+                raise
             except UserError as error:
                 damaged.append((path, error))
                 continue
@@ -80,8 +84,13 @@ class TrainingState:
             raise damaged[0][1]
         return None
 
-    def _restore(self, path: Path, is_whole: bool = False) -> None:
+    def _restore(self, path: Path, override: bool, is_whole: bool = False) -> None:
         state = read_state(path, is_whole)
+        config = self.distiller.config
+        with usable_state(path):
+            # States of earlier versions do not record them.
+            changed = differences(with_defaults(state["config"]), config) if "config" in state else ()
+        refuse_changes(path, changed, override)
         with usable_state(path):
             state = {**dict.fromkeys(COUNTS[1:], 0), "seen_skips": state["skipped"], **state}  # of older versions
             _check(state, self.distiller)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from dnnlib import one_line_errors
-from dnnlib.options import Group, offline_option, section
+from dnnlib.options import Group, Whole, offline_option, section
 
 from ..diffusers_precond import DiffusersPrecond
 from .diffusers import to_diffusers
@@ -27,7 +27,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         offline_option,
         section("Machine"),
-        click.option("--num_steps", help="SFD-v: timestamps to export for; default: the student's own", type=int),
+        click.option(
+            "--num_steps", help="SFD-v: timestamps to export for; default: the student's own", type=Whole(2, 1000)
+        ),
         click.option("--dest", help="Where to write", metavar="PATH", required=True, type=Path),
         click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True),
         section("What to export"),

@@ -27,7 +27,7 @@ import fid
 import prdc
 import sample
 import train
-from dnnlib.options import EXIT_CODES_HELP, Command, Group, section
+from dnnlib.options import EXIT_CODES_HELP, Command, Group, Real, Whole, section
 from models import prefetch
 from models.export import __main__ as export
 from models.registry import ROWS
@@ -157,7 +157,7 @@ def test_wide_terminals_are_used(monkeypatch):
 def test_defaults_are_those_of_the_settings():
     options = {param.name: param for param in train.main.params}
     for field in fields(DistillConfig):
-        if field.name not in ("dataset_name", "precision"):  # required; by device
+        if field.name not in ("dataset_name", "precision", "teacher_sha256"):  # required; by device; found out
             assert default_of(options[field.name.lower()]) == field.default, field.name
     names = {"snap": "snap_kimg"}
     defaults = {field.name: field.default for field in fields(PretrainConfig)}
@@ -186,6 +186,23 @@ def test_the_page_of_flags_is_up_to_date(monkeypatch):
         section = re.search(rf"^## python (?:-m )?{re.escape(name)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
         listed = re.findall(r"^\| `(--[\w-]+)`", section, re.M)
         assert listed == [long_name(param) for param in command.params if isinstance(param, click.Option)], name
+
+
+def test_every_number_has_a_range_which_its_help_states():
+    """And which excludes what is no number, infinite, or absurd."""
+    seen = 0
+    for name, command in COMMANDS.items():
+        for param in command.params:
+            if not isinstance(param.type, (click.types.IntParamType, click.types.FloatParamType)):
+                continue
+            seen += 1
+            assert isinstance(param.type, (Whole, Real)), (name, param.name)
+            assert param.type._describe_range() in " ".join(help_of(name).split()), (name, param.name)
+            for value in ("nan", "inf", "-inf", "1e306", "1e23", "9" * 23, "9" * 5000, "-1e306", ""):
+                with pytest.raises(click.BadParameter) as refused:
+                    param.type.convert(value, param, None)
+                assert len(refused.value.format_message()) < 200
+    assert seen > 40
 
 
 # --- Examples --------------------------------------------------------------------------------------------------------
@@ -279,7 +296,9 @@ def test_dry_runs_say_how_many_evaluations_an_image_takes(folder):
     ):
         assert plan("sample", *flags(given, seeds="0-9"))["nfe"] == nfe, given
         assert plan("fid", "gen", *flags(given, seeds="0-9", ref="cifar10"))["nfe"] == nfe, given
-    invoke("sample", "--model_path=teacher", "--dataset_name=cifar10", "--num_steps=1", "-n").refused("at least 2")
+    invoke("sample", "--model_path=teacher", "--dataset_name=cifar10", "--num_steps=1", "-n").refused(
+        "1 is not in the range 2<=x"
+    )
 
 
 def test_the_planned_evaluations_are_those_of_the_sampler(folder):

@@ -88,6 +88,7 @@ def test_an_unknown_preset_is_one_line(launch):
 @pytest.mark.parametrize("dataset_name", families())
 def test_presets_pass_a_dry_run(launch, dataset_name, monkeypatch):
     monkeypatch.setattr("training.config.source_settings", seven_steps)
+    monkeypatch.setattr("train.settle", lambda config: config)
     for kind, nfe in KINDS.items():
         source = ["--model_path=0"] if kind == "-1nfe" else []
         process, calls = launch(dataset_name + kind, "--seed=7", *source)

@@ -36,6 +36,7 @@ from torch_utils.checkpoint import read_network, read_settings, read_state
 from training import distill, loop
 from training.config import DistillConfig, micro_batch, source_settings
 from training.cost import run_cost
+from training.report import status_line
 from training.state import TrainingState
 
 
@@ -64,13 +65,14 @@ EMOJI = "--dataset_name=emoji32"
         ([], r"--dataset_name is missing"),
         ([EMOJI, "--is_second_stage=True"], r"--is_second_stage=True needs --model_path"),
         ([EMOJI, "--num_steps=2"], r"--num_steps=2 leaves no step.*--afs=True.*at least 3"),
-        ([EMOJI, "--num_steps=0"], r"--num_steps=0 leaves no step"),
-        ([EMOJI, "--num_steps=1", "--afs=False"], r"--num_steps=1 leaves no step.*--afs=False.*at least 2"),
+        ([EMOJI, "--num_steps=0"], r"--num_steps.*0 is not in the range 2<=x<=1000"),
+        ([EMOJI, "--num_steps=1", "--afs=False"], r"--num_steps.*1 is not in the range 2<=x<=1000"),
+        ([EMOJI, "--num_steps=1000", "--M=1000"], r"--num_steps=1000 --M=1000 make a trajectory of 1000000 timestamps"),
         ([EMOJI, "--num_steps=5000"], r"num_steps"),
-        ([EMOJI, "--M=-1"], r"--M=-1 is negative"),
+        ([EMOJI, "--M=-1"], r"--M.*-1 is not in the range 0<=x<=1000"),
         ([EMOJI, "--max_order=4"], r"max_order of dpmpp must be a whole number from 1 to 3, got 4"),
-        ([EMOJI, "--max_order=0"], r"max_order of dpmpp .* got 0"),
-        ([EMOJI, "--sampler_tea=ipndm", "--max_order=5"], r"max_order of ipndm .* from 1 to 4, got 5"),
+        ([EMOJI, "--max_order=0"], r"--max_order.*0 is not in the range 1<=x<=4"),
+        ([EMOJI, "--sampler_tea=ipndm", "--max_order=5"], r"--max_order.*5 is not in the range 1<=x<=4"),
         ([EMOJI, "--batch=8", "--batch-gpu=3"], r"--batch-gpu=3 does not divide the 8 samples"),
         ([EMOJI, "--use_step_condition=True", "--num_steps=3"], r"--num_steps=3 .*4to7|--num_steps=3 .*4.7"),
         ([EMOJI, "--use_step_condition=True", "--num_steps=8"], r"--num_steps=8"),
@@ -163,7 +165,7 @@ def test_message_comes_once_from_two_processes(tmp_path):
     args = train_flags(teacher(), outdir=tmp_path / "file")
     (tmp_path / "file").write_text("in the way")
     run_ranks("train", args, tmp_path, 2).refused(r"file")  # found by rank 0 alone, within the group
-    run_ranks("train", train_flags(teacher(), M=-1), tmp_path, 2).refused(r"--M=-1")  # found by every rank
+    run_ranks("train", train_flags(teacher(), M=-1), tmp_path, 2).refused(r"--M.*-1 is not in")  # found by every rank
 
 
 def test_message_comes_once_under_torchrun(tmp_path):
@@ -298,6 +300,36 @@ def test_statistics_of_every_tick(tmp_path):
         assert re.search(rf"loss {line['loss']:.4g}\b", status)
         for field in ("tick", "kimg", "time", "eta", "sec/kimg", "loss", "mem"):
             assert re.search(rf"(^| ){field} +\S", status)
+
+
+@pytest.mark.parametrize("skipped", [0, 12])
+def test_a_status_line_fits_100_columns(skipped):
+    """Of a run of weeks, with numbers that have no end."""
+    stats = {"kimg": 199999.936, "seconds": 1e6, "sec_per_kimg": 1234.5678, "loss": 12345.678, "cpumem": 79.123}
+    line = status_line(9999, {**stats, "skipped": skipped}, 2e6)
+    assert len(line) <= 100 and "eta 23d 03h 33m" in line and ("skipped 12" in line) is bool(skipped)
+
+
+def test_without_a_terminal_there_is_no_bar_but_an_eta(tmp_path):
+    output = run_ranks("train", train_flags(teacher(), outdir=tmp_path, M=0), tmp_path).ok().output
+    assert "\r" not in output and "it/s" not in output and "img/s" not in output
+    ticks = [line for line in output.splitlines() if line.startswith("tick ")]
+    assert len(ticks) == 4 and all(re.search(r" eta \d+s ", line) for line in ticks)
+    assert max(map(len, output.splitlines())) < 200
+
+
+def test_dry_run_names_the_directory_that_the_run_uses(tmp_path):
+    args = train_flags(teacher(), outdir="exps", total_kimg=0.008, M=0)
+    name = "00000-tiny-4-2-dpmpp-0-poly7-afs"
+    assert f"Run directory: exps/{name}, a new run" in invoke("train", *args, "-n").ok().output
+    assert "Run directory: here, a new run" in invoke("train", *args, "--nosubdir", "--outdir=here", "-n").ok().output
+    assert not list(tmp_path.iterdir())
+    invoke("train", *args).ok()
+    assert f"Run directory: exps/{name}, already finished" in invoke("train", *args, "-n").ok().output
+    (tmp_path / "exps" / name / "network-snapshot-000000.safetensors").unlink()
+    for more in ([], ["--nosubdir", f"--outdir=exps/{name}"], [f"--resume=exps/{name}"]):
+        assert f"Run directory: exps/{name}, continued" in invoke("train", *args, *more, "-n").ok().output
+    assert "Run directory: exps/00001-tiny" in invoke("train", *args, "--resume=never", "-n").ok().output
 
 
 def test_statistics_of_sfd_v_name_the_number_of_steps(tmp_path):

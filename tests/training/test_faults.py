@@ -60,6 +60,7 @@ from torch_utils.checkpoint import read_network, read_state, save_state
 from torch_utils.metrics.image_set import ImageDataset
 from training import distill, options, runs
 from training.evaluation.sources import open_source
+from training.health import StopRequests
 from training.state import states
 
 ITERATE = "training.distill:Distiller.iterate"
@@ -503,6 +504,63 @@ def test_torchrun_forwards_sigterm(tmp_path):
     assert read_state(only_run(tmp_path / "parts") / STATE)["images"] > 0
 
 
+def test_a_rank_whose_launcher_is_gone_stops(monkeypatch):
+    """torchrun that was killed ends nobody: its ranks have another parent then."""
+    for environment, stops in (({"TORCHELASTIC_RUN_ID": "x"}, True), ({}, False)):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        requests = StopRequests(torch.device("cpu"))
+        assert not requests.poll(False) and requests.poll(True)
+        with mock.patch("os.getppid", return_value=os.getppid() + 1):
+            assert requests.poll(False) is requests.is_orphan is stops
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(tmp_path):
+    """They save their state; until they have ended, the same command does not start a second run."""
+    args = train_flags(teacher(), outdir=tmp_path / "parts", **{**NO_DUMPS, "total_kimg": 50})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *args], cwd=tmp_path, stdout=out, stderr=out,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        deadline = time.monotonic() + TIMEOUT
+        while not list(tmp_path.glob(f"parts/*/{STATS}")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run_dir = only_run(tmp_path / "parts")
+        invoke("train", *args).refused("is being trained by another process")
+        process.kill()
+        process.wait()
+    held = None
+    while held is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        held = runs.lock(run_dir)
+    held.close()
+    assert "Stopped by the end of torchrun at kimg" in (run_dir / "log.txt").read_text()
+    assert len(run_dirs(tmp_path / "parts")) == 1 and read_state(run_dir / STATE)["images"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_student_ends_cleanly(number, tmp_path):
+    """Whenever it comes, and the command that is repeated then finds the run finished."""
+    args = train_flags(teacher(), outdir=tmp_path, M=0)
+    for delay in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        tmp_path.mkdir()
+        with open(tmp_path / "out", "w") as out:
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], stdout=out, stderr=out,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+            while process.poll() is None and not list(tmp_path.glob("*/network-snapshot-*")):
+                time.sleep(0.01)
+            time.sleep(delay)
+            process.send_signal(number)
+            code = process.wait(TIMEOUT)
+        text = (tmp_path / "out").read_text()
+        assert code in (0, EXIT_CODES[number]) and "Traceback" not in text and "terminate" not in text, (code, text)
+        assert "already finished" in invoke("train", *args).ok().output
+
+
 # --- Faults of the machine -------------------------------------------------------------------------------------------
 
 
@@ -681,6 +739,27 @@ def test_too_little_memory_for_a_state_is_no_damage_of_it(stopped, tmp_path):
     with mock.patch("torch.load", side_effect=lambda *_, **__: torch.empty(2**55, dtype=torch.uint8)):
         invoke("train", *args, f"--outdir={tmp_path}").refused(r"out of memory")
     assert sorted(path.name for path in run_dir.iterdir()) == names
+
+
+def test_weights_that_are_not_finite_end_the_run(tmp_path):
+    """A weight that is spoilt between two ticks: no student, and the state before stays."""
+
+    def spoil(self, *args, original=distill.Distiller.iterate):
+        states = original(self, *args)
+        if self.optimizer.state[self.trained[0]]["step"] > 6:
+            with torch.no_grad():
+                self.trained[0].view(-1)[0] = float("inf")
+        return states
+
+    args = train_flags(teacher(), outdir=tmp_path, M=0, tick=0.008, num_steps=3)
+    with mock.patch.object(distill.Distiller, "iterate", spoil):
+        invoke("train", *args).refused(
+            r"1 of \d+ weights of the student are not finite at kimg 0\.\d+; lower --lr=0\.001"
+        )
+    run_dir = only_run(tmp_path)
+    assert not list(run_dir.glob("*.safetensors")) and read_state(run_dir / STATE)["images"] > 0
+    invoke("train", *args).ok()
+    invoke("train", *train_flags(teacher(), outdir=tmp_path, lr="1e308")).refused(r"--lr.*1e\+308 is not in the range")
 
 
 @pytest.mark.parametrize("place", ["teacher", pytest.param("loss", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,17 +24,18 @@ from tiny import (
     run_dirs,
     run_ranks,
     same,
-    student,
     teacher,
     train_flags,
     weights,
     write_teacher,
 )  # fmt: skip
 
-from dnnlib import UserError
+from dnnlib import UserError, sha256_of
+from models.loading import read_sampling
 from torch_utils.checkpoint import read_state, save_state
 from training import runs
 from training.config import DistillConfig
+from training.state import states
 
 ITERATE = "training.distill:Distiller.iterate"
 
@@ -151,6 +153,13 @@ def unfinished(outdir, **changes):
     return args, run_dir
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """Flags without --outdir, and the folder of a run that was killed after its state at 16 of 32 images."""
+    args, run_dir = unfinished(tmp_path_factory.mktemp("stopped") / "exps", keep=1)
+    return [arg for arg in args if not arg.startswith("--outdir")], run_dir
+
+
 def test_resume_never_makes_a_new_run(tmp_path):
     args, run_dir = unfinished(tmp_path / "exps")
     state = (run_dir / STATE).read_bytes()
@@ -166,9 +175,13 @@ def test_auto_continues_only_the_same_settings_and_only_unfinished_runs(tmp_path
     invoke("train", *args).ok()
     assert len(run_dirs(tmp_path / "exps")) == 2 and images_of(run_dir) == [16, 32]
     finished = {p: p.stat().st_mtime_ns for p in run_dir.iterdir()}
-    invoke("train", *args).ok()
-    assert len(run_dirs(tmp_path / "exps")) == 3
+    for more in ([], [f"--resume={run_dir}"]):
+        again = invoke("train", *args, *more).ok()
+        assert f"already finished: {run_dir}; --resume=never trains another one" in again.output
+    assert len(run_dirs(tmp_path / "exps")) == 2
     assert {p: p.stat().st_mtime_ns for p in run_dir.iterdir()} == finished
+    invoke("train", *args, "--resume=never").ok()
+    assert len(run_dirs(tmp_path / "exps")) == 3 and same(weights(run_dirs(tmp_path / "exps")[-1]), weights(run_dir))
 
 
 def test_what_does_not_change_the_weights_may_change_on_resuming(tmp_path):
@@ -280,29 +293,37 @@ def test_training_state_that_would_execute_code_is_refused(tmp_path):
 
 
 def test_concurrent_launches_do_not_share_a_run_directory(tmp_path):
+    """Nor do they start the same run twice, unless they are asked to."""
     config = DistillConfig("tiny", **SHORT)
-    opened, barrier = [], threading.Barrier(8)
+    opened, refused, barrier = [], [], threading.Barrier(8)
 
-    def launch():
+    def launch(outdir, resume):
         barrier.wait()
-        run = runs.open_run(tmp_path, config, {}, resume="never")
-        opened.append(run)
+        try:
+            opened.append(runs.open_run(runs.Place(outdir, resume=resume), config, {}))
+        except UserError as error:
+            refused.append(error.message)
 
-    threads = [threading.Thread(target=launch) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({run.path for run in opened}) == 8
-    assert sorted(run.path.name[:5] for run in opened) == [f"{i:05d}" for i in range(8)]
+    for resume, count in (("never", 8), ("auto", 1)):
+        opened.clear()
+        arguments = (tmp_path / resume, resume)
+        threads = [threading.Thread(target=launch, args=arguments) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(run.path.name[:5] for run in opened) == [f"{i:05d}" for i in range(count)]
+        assert len(refused) == 8 - count and all("is being trained by another process" in line for line in refused)
 
 
 def test_run_that_is_being_trained_is_left_alone(tmp_path):
     args, run_dir = unfinished(tmp_path / "exps")
     held = runs.lock(run_dir)
     try:
-        invoke("train", *args, f"--resume={run_dir}").refused(r"is being trained by another process")
-        invoke("train", *args).ok()
+        for more in ([], [f"--resume={run_dir}"]):
+            result = invoke("train", *args, *more)
+            result.refused(rf"{run_dir}, a run of these settings, is being trained by another process")
+        invoke("train", *args, "--resume=never").ok()
     finally:
         held.close()
     assert len(run_dirs(tmp_path / "exps")) == 2 and images_of(run_dir) == [16]
@@ -313,14 +334,132 @@ def test_run_that_is_being_trained_is_left_alone(tmp_path):
 def test_an_unreadable_run_beside_it_does_not_stop_a_launch(tmp_path):
     args, run_dir = unfinished(tmp_path / "exps")
     (run_dir / OPTIONS).write_text("{ half")
+    for path in states(run_dir):
+        path.unlink()
     invoke("train", *args).ok()
     assert len(run_dirs(tmp_path / "exps")) == 2 and images_of(run_dir) == [16]
 
 
+#: What may become of `training_options.json`; a million brackets exceed what Python's parser recurses into.
+DAMAGE = {
+    "missing": None,
+    "half": '{"config": {"seed": ',
+    "deep": "[" * 10**6,
+    "list": '{"config": [1, 2]}',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_is_known_by_its_state_where_its_options_are_damaged(damage, tmp_path):
+    args, run_dir = unfinished(tmp_path / "exps")
+    (run_dir / OPTIONS).unlink() if DAMAGE[damage] is None else (run_dir / OPTIONS).write_text(DAMAGE[damage])
+    for more in (["--nosubdir", f"--outdir={run_dir}"], [f"--resume={run_dir}"]):
+        invoke("train", *args, "--seed=3", *more).refused(r"other settings \(seed 0 there, 3 here\)")
+    state = read_state(run_dir / STATE)
+    save_state(run_dir / STATE, {name: value for name, value in state.items() if name != "config"})
+    invoke("train", *args, f"--resume={run_dir}").refused(r"training_options\.json")  # nobody knows any more
+    save_state(run_dir / STATE, state)
+    invoke("train", *args).ok()
+    assert len(run_dirs(tmp_path / "exps")) == 1 and images_of(run_dir) == [16, 32]
+    assert json.loads((run_dir / OPTIONS).read_text())["config"]["seed"] == 0
+
+
+def test_settings_of_a_state_count_where_the_options_say_otherwise(tmp_path):
+    args, run_dir = unfinished(tmp_path / "exps")
+    options = json.loads((run_dir / OPTIONS).read_text())
+    (run_dir / OPTIONS).write_text(json.dumps({**options, "config": {**options["config"], "seed": 5}}))
+    invoke("train", *args, "--seed=5").refused(r"training-state\.pt has other settings \(seed 0 there, 5 here\)")
+    assert images_of(run_dir) == [16] and states(run_dir)
+
+
+CRAFTED = {
+    "images-huge": {"images": 10**18}, "images-negative": {"images": -8}, "images-text": {"images": "16"},
+    "images-float": {"images": 16.0}, "images-bool": {"images": True}, "seconds-none": {"seconds": None},
+    "seconds-nan": {"seconds": float("nan")}, "skipped-text": {"skipped": "x"}, "skipped-tensor": {"skipped": torch.ones(3)},
+    "half-off": {"half_off": "no"}, "student-list": {"student": [1]}, "optimizer-none": {"optimizer": None},
+    "config-list": {"config": [1]}, "seen-text": {"seen_skips": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("craft", [*CRAFTED, "weights", "moments", "moment-shape", "moment-names", "rates"])
+def test_crafted_training_states_are_one_line(craft, stopped_run, tmp_path):
+    args, source = stopped_run
+    run_dir = tmp_path / source.name
+    shutil.copytree(source, run_dir)
+    state = read_state(run_dir / STATE)
+    first = next(iter(state["optimizer"]["state"].values()))
+    if craft == "weights":
+        next(iter(state["student"].values())).view(-1)[0] = float("nan")
+    elif craft == "moments":
+        first["exp_avg"].view(-1)[0] = float("inf")
+    elif craft == "moment-shape":
+        first["exp_avg"] = torch.zeros(3)
+    elif craft == "moment-names":
+        del first["exp_avg_sq"]
+    elif craft == "rates":
+        state["optimizer"]["param_groups"][0] |= {"lr": "x", "betas": (5, "y"), "eps": None}
+    save_state(run_dir / STATE, {**state, **CRAFTED.get(craft, {})})
+    result = invoke("train", *args, f"--outdir={tmp_path}")
+    if craft == "rates":  # settings are those of the command
+        assert images_of(run_dir) == [16, 32] and result.ok()
+    else:
+        result.refused(r"training-state\.pt is not a readable training state")
+        assert images_of(run_dir) == [16]
+
+
+def test_a_pipe_in_place_of_a_state_does_not_hang(stopped_run, tmp_path):
+    args, source = stopped_run
+    run_dir = tmp_path / source.name
+    shutil.copytree(source, run_dir)
+    (run_dir / STATE).unlink()
+    os.mkfifo(run_dir / STATE)
+    invoke("train", *args, f"--outdir={tmp_path}").refused(r"training-state\.pt.*no regular file")
+
+
+def test_a_broken_last_line_of_statistics_is_dropped(stopped_run, tmp_path):
+    args, source = stopped_run
+    run_dir = tmp_path / source.name
+    shutil.copytree(source, run_dir)
+    with open(run_dir / STATS, "ab") as file:
+        file.write(b'{"images": 8, "kimg": \xff' + b"[" * 10**5)
+    invoke("train", *args, f"--outdir={tmp_path}").ok()
+    assert images_of(run_dir) == [16, 32]
+
+
 def test_another_teacher_under_the_same_name_is_another_run(tmp_path):
-    """The weights of the teacher are part of what determines a run; only the path of its file is compared."""
+    """What the teacher's file holds is part of what determines a run; where it lies is not."""
     path = write_teacher(tmp_path / "mine.safetensors", seed=0)
-    args = train_flags(path, outdir=tmp_path / "exps", **SHORT)
-    killed(args, tmp_path, at=4)
-    assert "Continuing" in invoke("train", *args).ok().output
-    assert student().exists()
+    args = [*train_flags(None, outdir=tmp_path / "exps", **SHORT)]
+    killed([*args, f"--model_path={path}"], tmp_path, at=4)
+    write_teacher(path, seed=1)
+    invoke("train", *args, f"--model_path={path}").ok()
+    assert len(run_dirs(tmp_path / "exps")) == 2
+    (tmp_path / "moved").mkdir()
+    moved = write_teacher(tmp_path / "moved" / "mine.safetensors", seed=0)
+    assert "Continuing" in invoke("train", *args, f"--model_path={moved}").ok().output
+    assert len(run_dirs(tmp_path / "exps")) == 2
+
+
+def test_a_student_knows_where_its_teacher_is_and_what_it_holds(tmp_path, monkeypatch):
+    """From another folder, after a move, and where something else lies in its place."""
+    monkeypatch.chdir(tmp_path)
+    path = write_teacher(tmp_path / "mine.safetensors", seed=0)
+    invoke("train", *train_flags("mine.safetensors", **SHORT)).ok()
+    run_dir = only_run(tmp_path / "exps")
+    sampling = read_sampling(newest_student(run_dir))
+    assert (sampling.teacher_path, sampling.teacher_sha256) == (str(path), sha256_of(path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sheet = ["sample", f"--model_path={run_dir}", "--compare=True", "--seeds=0-1", "--device=cpu", "--outdir=x"]
+    invoke(*sheet).ok()
+    moved = path.rename(tmp_path / "moved.safetensors")
+    invoke(*sheet).refused(rf"{path}, the teacher of \S*network-snapshot-000000, is not there; .*--teacher=PATH")
+    invoke(*sheet, f"--teacher={moved}").ok()
+    write_teacher(path, seed=1)
+    for more in ([], [f"--teacher={path}"]):
+        invoke(*sheet, *more).refused(r"mine\.safetensors is not the teacher of .*network-snapshot-000000")
+    invoke(*sheet, "--teacher=nowhere").refused("nowhere does not exist; expected the teacher of")
+    path.unlink()
+    plot = ["training.plot", str(run_dir), "--trajectory", "--num=1", "--device=cpu"]
+    invoke(*plot, f"--teacher={moved}").ok()

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dnnlib import UserError
+from dnnlib.progress import progress
 
 from .. import distributed
 
@@ -210,8 +210,7 @@ def extract(
     def run() -> None:
         part = shard(count)
         position = part.start
-        bar = dict(desc=desc, unit="img", disable=distributed.rank() != 0, dynamic_ncols=True)
-        with tqdm(total=len(part), **bar) as progress:
+        with progress(len(part), desc=desc, show=distributed.rank() == 0) as bar:
             for images in batches:
                 features = network.features(images)
                 _check_finite(features, position)
@@ -220,7 +219,7 @@ def extract(
                 if keep:
                     kept.append(features.cpu())
                 position += len(features)
-                progress.update(len(features))
+                bar.update(len(features))
 
     on_all_ranks(run)
     if sums is not None:

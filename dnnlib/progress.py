@@ -1,0 +1,69 @@
+"""Progress for people: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from .formatting import format_duration
+
+#: Seconds between two lines.
+INTERVAL = 60.0
+
+
+class Lines:
+    """What tqdm's bars do, in whole lines of at most 100 columns, for logs and pipes."""
+
+    def __init__(self, total: int | None, unit: str, initial: int, desc: str | None) -> None:
+        self.total, self.unit, self.desc = total, unit, f"{desc[:30]}: " if desc else ""
+        self.n = self.initial = initial
+        self.started = self._last = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        now = time.monotonic()
+        if now - self._last >= INTERVAL:
+            self._last = now
+            print(self.line(now - self.started), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """How far it is after so many seconds, and how long the rest takes at this pace."""
+        if not self.total:
+            return f"{self.desc}{self.n} {self.unit}, {format_duration(seconds)}"
+        left = seconds * (self.total - self.n) / max(self.n - self.initial, 1)
+        return (
+            f"{self.desc}{self.n} of {self.total} {self.unit}, {format_duration(seconds)}, eta {format_duration(left)}"
+        )
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        return None
+
+
+def progress(
+    total: int | None,
+    unit: str = "img",
+    initial: int = 0,
+    desc: str | None = None,
+    show: bool = True,
+    lines: bool = True,
+    **bar: Any,
+) -> Any:
+    """A context manager with `update(count)`, on standard error.
+
+    Args:
+        total: what `update` adds up to, None if that is not known.
+        initial: what is done already.
+        show: False on other ranks than the first.
+        lines: say something without a terminal too.
+        bar: further arguments of tqdm.
+    """
+    if show and lines and not sys.stderr.isatty():
+        return Lines(total, unit, initial, desc)
+    from tqdm import tqdm  # kept out of the start of commands
+
+    # Without a terminal a bar would be one endless line.
+    hidden = not (show and sys.stderr.isatty())
+    return tqdm(total=total, initial=initial, unit=unit, desc=desc, disable=hidden, dynamic_ncols=True, **bar)
