@@ -113,6 +113,10 @@ class DiffusersPrecond(Precond):
         return torch.eye(self.label_dim, device=device)[torch.arange(batch, device=device) % self.label_dim]
 
     @property
+    def is_guidable(self) -> bool:
+        return self.context_dim is not None or self.model.family.null_class
+
+    @property
     def remark(self) -> str | None:
         """What is left out of the model's own noise levels, in words."""
         own, start = self.noise_schedule.sigma_max, f"sampling starts at sigma {HIGHEST:g}"

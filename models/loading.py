@@ -253,7 +253,7 @@ def guidance_of(dataset_name: str | None, model_path: str | os.PathLike | None =
         return ROWS[dataset_name].text, ROWS[dataset_name].guidance_rate
     path: str | os.PathLike | None = model_path
     if path is not None and not is_folder(path):
-        found = find_student(path)
+        found = find_model(path)
         if not found.is_file() or is_teacher_file(found):
             return False, 1.0
         path = read_sampling(found).teacher_path

@@ -212,7 +212,9 @@ class DiffusionModel(nn.Module):
 
     def check_guidance(self, rate: float) -> None:
         """Refuse guidance of a model that has nothing to be guided by."""
-        if rate != 1 and not (self.label_dim or self.has_text or self.guide is not None):
+        if rate != 1 and self.guide is None and not self.net.is_guidable:
+            if self.label_dim:
+                raise UserError(f"{self.dataset_name} has no class for none, which guidance needs", "guidance_rate")
             raise UserError(f"{self.dataset_name} {UNGUIDABLE}", "guidance_rate")
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor | Conditions:
@@ -271,7 +273,7 @@ class DiffusionModel(nn.Module):
         unguided = partial(net, condition=unconditional_condition)
         if self.guide is not None:
             unguided = partial(self.guide, class_labels=class_labels if self.guide.label_dim else None)
-        elif rate != 1 and not self.label_dim and not self.has_text:
+        elif rate != 1 and not self.net.is_guidable:
             raise ValueError(f"{self.dataset_name} has no conditions: it takes no guidance rate")
         elif rate != 1 and self.has_text and unconditional_condition is None:
             raise ValueError("a guidance rate other than 1 needs an unconditional_condition")

@@ -134,6 +134,11 @@ class Precond(nn.Module):
                 block.p = probability
 
     @property
+    def is_guidable(self) -> bool:
+        """Whether it knows what to do without its condition, which guidance leads away from."""
+        return bool(self.label_dim) or self.context_dim is not None
+
+    @property
     def remark(self) -> str | None:
         """What a user should know of the network's noise levels, in words."""
         return None

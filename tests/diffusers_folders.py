@@ -49,7 +49,7 @@ def write_unet(folder: Path, scheduler: dict[str, Any] | None = None, flat: bool
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference beside the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
 # --- Latents, classes and text ---------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ VAE = dict(
     block_out_channels=[8, 16], down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     latent_channels=4, norm_num_groups=4, sample_size=16, layers_per_block=1,
 )  # fmt: skip
-SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 
 
 def _clip(projected: bool, width: int, seed: int) -> nn.Module:

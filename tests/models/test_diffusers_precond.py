@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers_folders import UNET, package, randomised, relative, write_unet
 from safetensors.torch import load_file, save_file
-from tiny import SAMPLE, TRAIN, Patches, flags, invoke, only_run, png_names, write_images
+from tiny import SAMPLE, TRAIN, Patches, flags, invoke, only_run, png_names, write_images, write_teacher
 
 from dnnlib import UserError
 from models.diffusers_precond import DiffusersPrecond
 from models.export.folder import state_scale
 from models.export.student import open_student
-from models.loading import load_student, load_teacher
+from models.loading import guidance_of, load_student, load_teacher
 from models.noise import DiscreteNoise, FlowNoise, TableNoise, alpha_table, betas
 from models.published.diffusers_folder import open_folder, read_noise
 from solvers import get_solver, solve
@@ -318,6 +318,25 @@ def test_teachers_are_sampled_and_measured():
     invoke("fid", "gen", *flags(gen), "--detector-runs-code").ok()
     assert json.loads(Path("metrics.jsonl").read_text())["N"] == 8
     assert invoke("sample", *flags(SAMPLE, many, guidance_rate=2)).refused("guidance_rate")
+
+
+def test_how_a_teacher_is_guided_is_known_without_its_weights():
+    folder = write_unet(Path("ddpm"))
+    Path("mine").mkdir()
+    write_teacher(Path("mine/teacher.safetensors"))
+    for path in (folder, "mine", "mine/teacher.safetensors", "nothing", None):
+        assert guidance_of("own", path) == (False, 1.0)
+    assert guidance_of("ms_coco", folder) == guidance_of("ms_coco") == (True, 7.5)
+
+
+def test_classes_without_one_for_none_are_not_guided():
+    folder = write_unet(Path("classes"), num_class_embeds=3)
+    for script, more in (("train", TRAIN), ("sample", dict(SAMPLE, num_steps=3))):
+        invoke(script, *flags(more, dict(model_path=folder, guidance_rate=2))).refused("no class for none")
+    invoke(
+        "sample", *flags(SAMPLE, dict(model_path=folder, num_steps=3, solver="euler", seeds="0-1", outdir="out"))
+    ).ok()
+    assert png_names(Path("out")) == ["000000.png", "000001.png"]
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
