@@ -173,7 +173,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
             config = settle(config)
             click.echo(json.dumps(config.to_json(), indent=2))
             click.echo(describe(config, plan_run(place, config)))
-            click.echo(estimate(config, device, processes, batch_gpu))
+            click.echo(estimate(config, device, processes, opts["batch_gpu"], opts["gradient_checkpointing"]))
         return
     if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and distributed.is_first_process():
         cost = estimate(config, device, processes, batch_gpu).splitlines()[-1]

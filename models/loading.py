@@ -22,6 +22,7 @@ from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
 from .networks.edm2_unet import EDM2UNet
 from .networks.guided_unet import GuidedUNet
+from .networks.layers import freeze
 from .noise import HIGHEST, DiscreteNoise
 from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDM2Precond, EDMPrecond, Precond
 from .published.diffusers import is_folder, is_stable_diffusion, read_stable_diffusion
@@ -186,7 +187,7 @@ def load_teacher(
         net, latent = _read_registered(row)
     guide = None if guide_path is None else read_guide(Path(guide_path), net)
     model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate, guide)
-    return model.to(device).eval().requires_grad_(False)
+    return freeze(model.to(device))
 
 
 def read_guide(path: Path, net: Precond) -> Precond:
@@ -452,7 +453,7 @@ def load_student(
         sampling.schedule(model.noise_schedule)
     except ValueError as error:
         raise UserError(f"{path} holds a student that cannot be sampled: {error}") from None
-    return model.to(device).eval().requires_grad_(False)
+    return freeze(model.to(device))
 
 
 def digest_of(path: str | os.PathLike) -> str:

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dnnlib import UserError
+from torch_utils.device import is_plain, prefers_channels_last
 
 from .networks.edm2_unet import EDM2Block, EDM2UNet, MPConv, MPFourier
 from .networks.edm_unets import DhariwalUNet, SongUNet
 from .networks.guided_unet import GuidedUNet
-from .networks.layers import UNetBlock
+from .networks.layers import UNetBlock, cast_together
 from .noise import DiscreteNoise
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -99,15 +101,25 @@ class Precond(nn.Module):
         x = x.float()
         sigma = _on_device(sigma, x).reshape(-1)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        raw = self.model(
-            (_spread(c_in) * x).to(self.core_dtype(x.device, force_fp32)),
-            c_noise,
-            self._condition(class_labels, condition, x),
-            step_condition=None if step_condition is None else _on_device(step_condition, x),
-            **model_kwargs,
-        )
+        core = (_spread(c_in) * x).to(self.core_dtype(x.device, force_fp32))
+        with self._casting(core):
+            raw = self.model(
+                core,
+                c_noise,
+                self._condition(class_labels, condition, x),
+                step_condition=None if step_condition is None else _on_device(step_condition, x),
+                **model_kwargs,
+            )
         # Of the channels that are not of the state, an ODE has no use.
         return _spread(c_skip) * x + _spread(c_out) * raw[:, : x.shape[1]].float()
+
+    def _casting(self, core: Tensor) -> AbstractContextManager[None]:
+        """How trained weights become half precision: together, where launches count and layers are computed once."""
+        is_trained = self.training and torch.is_grad_enabled() and core.dtype != torch.float32
+        again = getattr(self.model, "gradient_checkpointing", False)
+        if not is_trained or again or is_plain() or prefers_channels_last(core.device):
+            return nullcontext()
+        return cast_together(self.model, core.dtype)
 
     def _condition(self, class_labels: Tensor | None, condition: Tensor | None, x: Tensor) -> Tensor | None:
         """What the raw network is conditioned on: labels, text or nothing."""

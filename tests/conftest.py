@@ -15,5 +15,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def no_calibration(monkeypatch):
-    """A dry run times the machine for five seconds; tests/training/test_bench.py looks at that, the others do without."""
+    """A dry run times the machine for five seconds; tests/training/test_cost.py looks at that, the others do without."""
     monkeypatch.setattr("train.estimate", lambda *args: "Time: not measured")

@@ -1,10 +1,9 @@
-"""Which device, which precision and which of several ways to compute with."""
+"""Which device, precision and memory order to compute with."""
 
 import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,47 +16,42 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-@dataclass(frozen=True)
-class FastPath:
-    """Ways of computing the same numbers, up to rounding, in less time; docs/speed.md says what each is worth.
-
-    Attributes:
-        channels_last: devices on which the U-Nets keep the channels of a pixel side by side.
-        sdpa: fused attention, instead of two products and a softmax.
-        folding: constant factors and shifts go into weights and norms, 1×1 convolutions run at the lower resolution.
-        keep_weights: frozen layers keep their weights as they are used, instead of casting them in every forward.
-        fused_optimizer: one kernel for Adam.
-        no_waiting: statistics stay on the device, instead of a loss that is read and printed after every step.
-    """
-
-    channels_last: tuple[str, ...] = ("cpu",)
-    sdpa: bool = True
-    folding: bool = True
-    keep_weights: bool = True
-    fused_optimizer: bool = True
-    no_waiting: bool = True
+#: Devices on which the U-Nets keep the channels of a pixel side by side (channels_last).
+_channels_last: frozenset[str] = frozenset({"cpu"})
+_plain = False
+# Neither is of a thread or context: gradient checkpointing computes layers again in autograd's own threads.
 
 
-#: What the benchmark compares with, in float32: the customary way to write these networks and loops.
-PLAIN = FastPath((), False, False, False, False, False)
-# Not of a thread or context: gradient checkpointing computes layers again in autograd's own threads.
-_path = FastPath()
-
-
-def fast_path() -> FastPath:
-    """The ways of computing in use."""
-    return _path
+def prefers_channels_last(device: torch.device) -> bool:
+    """Whether the U-Nets compute in channels_last on this device: on the CPU alone, no GPU has judged it yet."""
+    return device.type in _channels_last and not _plain
 
 
 @contextmanager
-def use_path(path: FastPath) -> Iterator[None]:
-    """Compute in these ways within the context, in all threads."""
-    global _path
-    before, _path = _path, path
+def channels_last_on(*device_types: str) -> Iterator[None]:
+    """Within, U-Nets compute in channels_last on devices of these types, and in contiguous layout on others."""
+    global _channels_last
+    before, _channels_last = _channels_last, frozenset(device_types)
     try:
         yield
     finally:
-        _path = before
+        _channels_last = before
+
+
+def is_plain() -> bool:
+    """Whether networks compute as they are written, see `plain_operations`."""
+    return _plain
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Within, networks compute as they are written, in contiguous layout: so they are traced, and counted."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:

@@ -1,24 +1,21 @@
-"""How fast this program is on a device, and beside the customary way to write it: `python -m training.bench`.
+"""How fast this program is on a device: `python -m training.bench`.
 
 Networks have their published shapes and random weights, so nothing is downloaded. Every stage runs the code of
-`train.py` and `sample.py`. The baseline is the same code in float32 with every switch of `torch_utils.device.FastPath`
-off; its runs alternate with the fast ones, and the best of each counts. On the CPU, time is that of the processor over
-the threads, which other programs on the machine lengthen less than the clock's.
+`train.py` and `sample.py`, and the best of its runs counts. On the CPU, time is that of the processor over the threads,
+which other programs on the machine lengthen less than the clock's.
 """
 
 from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
-import contextlib
-import io
 import json
 import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,23 +26,33 @@ import torch
 from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
-from dnnlib.options import Command, Whole, device_option, section
+from dnnlib.options import Command, Whole, device_option, precision_option, section
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
 from models.loading import build_on_meta, highest_sigma, make_student, row_config
 from models.model import DiffusionModel, Given
 from models.networks.autoencoders import AUTOENCODERS
+from models.networks.layers import freeze
 from models.published.state_dicts import FIRST_STAGE
 from models.registry import DatasetSpec, get_row
 from models.sampling import Sampler, network_batch
-from torch_utils.device import PLAIN, PRECISIONS, FastPath, configure_backends, pick_device, pick_precision, use_path
+from torch_utils.device import (
+    PRECISIONS,
+    channels_last_on,
+    configure_backends,
+    pick_device,
+    pick_precision,
+    prefers_channels_last,
+)
 from torch_utils.images import to_uint8
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from .config import DistillConfig
-from .cost import TRAINED, Cost, fill_randomly, largest_micro_batch, matrix_peak, random_inputs, run_cost, timed
+from .cost import TRAINED, Cost, matrix_peak, run_cost, timed
 from .distill import Distiller, Teacher
+from .inputs import fill_randomly, random_inputs
+from .memory import largest_micro_batch
 
 #: Evaluations of the students that are sampled.
 NFES = (2, 3, 4, 5)
@@ -55,14 +62,14 @@ STAGE_SECONDS = 15.0
 
 
 @dataclass
-class Row:
+class Timing:
     """One line of the table.
 
     Attributes:
         stage: what is timed.
         items: samples, images or features that one run processes.
         flops: operations of one run as the network is written, 0 where they are not counted.
-        seconds, plain: of the best run, and of the baseline's.
+        seconds: of the best run.
         runs: of which it is the best.
         memory: most memory during the stage, bytes; on the CPU since the start of the program.
     """
@@ -71,7 +78,6 @@ class Row:
     items: int
     flops: float = 0.0
     seconds: float = float("inf")
-    plain: float | None = None
     runs: int = 0
     memory: int = 0
 
@@ -82,51 +88,33 @@ class Row:
             "per_second": self.items / self.seconds,
             "tflops": rate / 1e12 if self.flops else None,
             "share_of_peak": rate / peak if self.flops else None,
-            "ratio_to_plain": None if self.plain is None else self.plain / self.seconds,
         }
 
 
 @dataclass
-class Side:
-    """Teacher and student of a data set, to be run in one way.
+class Setup:
+    """Teacher and student of a data set in a precision, with what they are run on."""
 
-    Attributes:
-        path, precision: the way.
-        actions: what is timed, by the name of its stage.
-    """
-
-    path: FastPath
-    precision: str
     distiller: Distiller
     samples: Tensor
     given: Given
-    actions: dict[str, Callable[[], Any]] = field(default_factory=dict)
-
-    def run(self, stage: str) -> Any:
-        with use_path(self.path), contextlib.redirect_stdout(io.StringIO()):
-            return self.actions[stage]()
 
 
-def make_side(row: DatasetSpec, config: DistillConfig, device: torch.device, path: FastPath, precision: str) -> Side:
-    """The published network of `row` with the same random weights for every side."""
+def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device) -> Setup:
+    """The published network of `row` with random weights, in the precision of `config`."""
     net = build_on_meta(row).to_empty(device=device)
     fill_randomly(net)
     latent = None if row.codec is None else _random_latent_space(row)
-    net.eval().requires_grad_(False)
-    teacher = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent)
-    config = replace(config, precision=precision)
+    teacher = freeze(DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent))
     sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
     student = make_student(teacher, sampling)
-    teacher.compute_dtype = student.compute_dtype = PRECISIONS[precision]
-    with use_path(path):
-        trajectories = Teacher(teacher, config, sampling)
-        size = largest_micro_batch(trajectories, student, None, config.batch)
-        distiller = Distiller(trajectories, student, config, size)
+    teacher.compute_dtype = student.compute_dtype = PRECISIONS[config.precision]
+    trajectories = Teacher(teacher, config, sampling)
+    size = largest_micro_batch(trajectories, student, None, config.batch)
+    distiller = Distiller(trajectories, student, config, size)
     torch.manual_seed(0)
     inputs = random_inputs(net, config.batch, device)
-    side = Side(path, precision, distiller, inputs["x"], inputs.get("condition", inputs.get("class_labels")))
-    side.actions = _network_stages(side, config)
-    return side
+    return Setup(distiller, inputs["x"], inputs.get("condition", inputs.get("class_labels")))
 
 
 def _random_latent_space(row: DatasetSpec) -> LatentSpace:
@@ -138,8 +126,9 @@ def _random_latent_space(row: DatasetSpec) -> LatentSpace:
     return LatentSpace(config, lambda: (tensors, Path("random weights")))
 
 
-def _network_stages(side: Side, config: DistillConfig) -> dict[str, Callable[[], Any]]:
-    distiller, x, given = side.distiller, side.samples, side.given
+def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[], Any]]:
+    """What is timed, by the name of its stage."""
+    distiller, x, given = setup.distiller, setup.samples, setup.given
     steps, student = config.num_steps, distiller.student
     sigmas = distiller.teacher.sigmas(steps)[:: config.M + 1]
 
@@ -179,8 +168,8 @@ def _parts(x: Tensor, given: Given, size: int) -> list[tuple[Tensor, Given]]:
     return list(zip(parts, [None] * len(parts) if given is None else given.split(size)))
 
 
-def _empty_row(stage: str, cost: Cost, batch: int) -> Row:
-    """The row of a stage of the networks, without times."""
+def _untimed(stage: str, cost: Cost, batch: int) -> Timing:
+    """The line of a stage of the networks, without times."""
     evaluations = {
         "training iteration": cost.teacher + TRAINED * cost.student,
         "teacher trajectory": cost.teacher,
@@ -188,7 +177,7 @@ def _empty_row(stage: str, cost: Cost, batch: int) -> Row:
         "decoding": 0,
     }
     count = evaluations[stage] if stage in evaluations else int(stage.split()[-1])
-    return Row(stage, 4 if stage == "decoding" else batch, count * cost.flops * batch)
+    return Timing(stage, 4 if stage == "decoding" else batch, count * cost.flops * batch)
 
 
 def evaluation_stages(device: torch.device, quick: bool) -> dict[str, tuple[int, Callable[[], Any]]]:
@@ -232,59 +221,28 @@ def rounds(repeats: int) -> Iterator[int]:
             yield i
 
 
-def measure_networks(fast: Side, plain: Side, cost: Cost, repeats: int, echo: Callable[[Row], None]) -> list[Row]:
-    """Both sides in turn, after one run of each to warm up."""
-    rows: list[Row] = []
-    device = fast.samples.device
-    for stage in fast.actions:
-        row = _empty_row(stage, cost, len(fast.samples))
-        times: dict[str, list[float]] = {"fast": [], "plain": []}
-        if not rows:  # the first stage runs everything that the others do
-            fast.run(stage)
-            plain.run(stage)
-        for _ in rounds(repeats):
-            peak_memory(device)
-            times["fast"].append(timed(partial(fast.run, stage), device))
-            row.memory = max(row.memory, peak_memory(device))
-            times["plain"].append(timed(partial(plain.run, stage), device))
-        row.seconds, row.plain, row.runs = min(times["fast"]), min(times["plain"]), len(times["fast"])
-        rows.append(row)
-        echo(row)
-    return rows
+def measure(
+    timing: Timing, action: Callable[[], Any], device: torch.device, repeats: int, warm_up: bool = False
+) -> Timing:
+    """`timing` with the best of up to `repeats` runs of `action`."""
+    if warm_up:
+        action()
+    for timing.runs, _ in enumerate(rounds(repeats), 1):
+        peak_memory(device)
+        timing.seconds = min(timing.seconds, timed(action, device))
+        timing.memory = max(timing.memory, peak_memory(device))
+    return timing
 
 
-def measure_switches(
-    row: DatasetSpec, config: DistillConfig, device: torch.device, fast: Side, repeats: int
-) -> dict[str, float]:
-    """What each switch is worth: time of a training iteration without it over that with it."""
-    sides = {
-        f"without {f.name}": replace(fast.path, **{f.name: getattr(PLAIN, f.name)})
-        for f in fields(FastPath)
-        if getattr(PLAIN, f.name) != getattr(fast.path, f.name)
-    }
-    if device.type not in fast.path.channels_last:
-        sides[f"channels_last on {device.type}"] = replace(fast.path, channels_last=(device.type,))
-    ratios = {}
-    for name, path in sides.items():
-        other = make_side(row, config, device, path, fast.precision)
-        other.run("training iteration")
-        times = [
-            [timed(partial(side.run, "training iteration"), device) for side in (other, fast)] for _ in rounds(repeats)
-        ]
-        ratios[name] = min(t[0] for t in times) / min(t[1] for t in times)
-    return ratios
-
-
-def line(row: Row, peak: float) -> str:
+def line(timing: Timing, peak: float) -> str:
     """A row of the table."""
-    values = row.to_json(peak)
-    rate = f"{values['tflops']:9.3f} {100 * values['share_of_peak']:7.0f} %" if row.flops else f"{'':19s}"
-    ratio = "" if row.plain is None else f"{values['ratio_to_plain']:6.2f}×"
-    memory = f"{row.memory / 2**30:8.2f}" if row.memory else f"{'':8s}"
-    return f"{row.stage:33s} {row.seconds:9.3f} {values['per_second']:9.1f} {rate} {memory} {ratio}".rstrip()
+    values = timing.to_json(peak)
+    rate = f"{values['tflops']:9.3f} {100 * values['share_of_peak']:7.0f} %" if timing.flops else f"{'':19s}"
+    memory = f"{timing.memory / 2**30:8.2f}" if timing.memory else f"{'':8s}"
+    return f"{timing.stage:33s} {timing.seconds:9.3f} {values['per_second']:9.1f} {rate} {memory}".rstrip()
 
 
-HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of peak':>9s} {'GiB':>8s} against plain"
+HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of peak':>9s} {'GiB':>8s}"
 
 
 @click.command(cls=Command)
@@ -292,25 +250,27 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @click.option("--dataset_name", help="Whose network to run, with random weights", metavar="NAME", default="emoji32")
 @click.option("--batch", help="Samples in a training iteration", type=Whole(1, 2**20), default=64)
 @click.option("--repeats", help="Most runs of each stage; the best counts", type=Whole(1, 1000), default=3)
-@click.option("--switches", help="Also time a training iteration without each of the fast ways", is_flag=True)
 @click.option("--quick", help="One run of every stage, small evaluation stages", is_flag=True)
 @section("Record")
 @click.option("--json", "json_path", help="Write everything to this file too", metavar="FILE")
 @section("Machine")
-@click.option("--precision", help="Core of the fast networks; default: by device", type=click.Choice(list(PRECISIONS)))
+@precision_option
+@click.option("--channels_last", help="Memory order of the U-Nets; default: True on the CPU alone", type=bool)
 @device_option
 @click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
 def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
-    """Time training, sampling and evaluation on this device, beside a plain baseline.
+    """Time training, sampling and evaluation on this device.
 
     \b
     Examples:
       python -m training.bench --dataset_name=emoji32
-      python -m training.bench --dataset_name=cifar10 --batch=128 --switches --json=cifar10.json
+      python -m training.bench --dataset_name=cifar10 --batch=128 --json=cifar10.json
     """
     row = get_row(dataset_name)
     device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
+    if opts["channels_last"] is None:
+        opts["channels_last"] = prefers_channels_last(device)
     if opts["dry_run"]:
         plan = {"dataset_name": dataset_name, "batch": batch, **opts, "precision": precision, "device": str(device)}
         click.echo(json.dumps({**plan, "json": json_path}, indent=2))
@@ -318,34 +278,43 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
     if json_path is not None:
         make_folder(Path(json_path).resolve().parent, "json_path")
     configure_backends()
+    with channels_last_on(*[device.type] * opts["channels_last"]):
+        results = run_stages(row, batch, precision, device, opts["quick"], 1 if opts["quick"] else opts["repeats"])
+    if json_path is not None:
+        write_text(Path(json_path), json.dumps(results, indent=2))
+
+
+def run_stages(
+    row: DatasetSpec, batch: int, precision: str, device: torch.device, quick: bool, repeats: int
+) -> dict[str, Any]:
+    """Time every stage and print a line for each; what is recorded of them."""
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
-    config = DistillConfig(dataset_name, batch=batch, precision=precision, **schedule)
-    repeats = 1 if opts["quick"] else opts["repeats"]
+    config = DistillConfig(row.name, batch=batch, precision=precision, **schedule)
     # On the CPU a product in float16 may be emulated, and takes for ever.
     dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
     peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
-    fast, plain = (make_side(row, config, device, *way) for way in ((FastPath(), precision), (PLAIN, "fp32")))
-    cost = run_cost(config, build_on_meta(row), fast.distiller.micro_batch_size)
+    setup = make_setup(row, config, device)
+    micro_batch, cost = setup.distiller.micro_batch_size, run_cost(config, build_on_meta(row))
     about = {
-        "dataset_name": dataset_name, "device": _device_name(device), "threads": torch.get_num_threads(),
-        "precision": precision, "batch": batch, "micro_batch": fast.distiller.micro_batch_size, "repeats": repeats,
-        "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+        "dataset_name": row.name, "device": _device_name(device), "threads": torch.get_num_threads(),
+        "precision": precision, "channels_last": prefers_channels_last(device), "batch": batch,
+        "micro_batch": micro_batch, "repeats": repeats, "torch": torch.__version__,
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     click.echo(", ".join(f"{name} {value}" for name, value in about.items()))
     rates = ", ".join(f"{name} {format_count(rate)}FLOP/s" for name, rate in peaks.items())
     click.echo(f"matrix product: {rates}; one evaluation: {format_count(cost.flops)}FLOP\n\n{HEADER}")
-    rows = measure_networks(fast, plain, cost, repeats, lambda row: click.echo(line(row, peaks[precision])))
-    for stage, (items, action) in evaluation_stages(device, opts["quick"]).items():
-        times = [timed(action, device) for _ in rounds(repeats)]
-        rows.append(Row(stage, items, seconds=min(times), runs=len(times)))
-        click.echo(line(rows[-1], peaks[precision]))
-    switches = measure_switches(row, config, device, fast, repeats) if opts["switches"] else {}
-    for name, ratio in switches.items():
-        click.echo(f"{name}: {ratio:.2f}× the time of a training iteration")
-    if json_path is not None:
-        results = {"about": about, "matrix_peaks": peaks, "flops_per_evaluation": cost.flops}
-        results |= {"rows": [row.to_json(peaks[precision]) for row in rows], "switches": switches}
-        write_text(Path(json_path), json.dumps(results, indent=2))
+    timings: list[Timing] = []
+    for stage, action in network_stages(setup, config).items():
+        # The first stage runs everything that the others do.
+        timings.append(measure(_untimed(stage, cost, batch), action, device, repeats, warm_up=not timings))
+        click.echo(line(timings[-1], peaks[precision]))
+    del setup, action
+    for stage, (items, action) in evaluation_stages(device, quick).items():
+        timings.append(measure(Timing(stage, items), action, device, repeats))
+        click.echo(line(timings[-1], peaks[precision]))
+    results = {"about": about, "matrix_peaks": peaks, "flops_per_evaluation": cost.flops}
+    return results | {"timings": [timing.to_json(peaks[precision]) for timing in timings]}
 
 
 def _device_name(device: torch.device) -> str:

@@ -28,7 +28,6 @@ from models.loading import load_student, load_teacher
 from models.model import DiffusionModel, Given, SamplingSettings, Student
 from solvers import Callback, Denoiser, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils import distributed
-from torch_utils.device import fast_path
 
 from .config import DistillConfig, first_student
 from .optimizers import make_optimizer
@@ -124,8 +123,6 @@ class Losses:
         self._sums = torch.zeros([2, most_steps + 1, most_steps], device=device)
 
     def add(self, num_steps: int, step: int, loss: Tensor) -> None:
-        if not fast_path().no_waiting:
-            print(f"{num_steps} {step} {loss.item():.4f}")
         self._sums[0, num_steps, step] += loss
         self._sums[1, num_steps, step] += 1
 
@@ -163,7 +160,7 @@ class Distiller:
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # The fused kernels of CPU and CUDA can leave a step out by themselves, see `_update`.
-        fused = fast_path().fused_optimizer and self.device.type in ("cpu", "cuda")
+        fused = self.device.type in ("cpu", "cuda")
         self.optimizer = make_optimizer(
             config.optimizer, student, config.lr, student.img_channels, student.label_dim, fused
         )

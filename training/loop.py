@@ -23,9 +23,9 @@ from torch_utils.random import derive_seed
 from . import runs
 from .conditions import DROPOUT, INIT, Batches
 from .config import DistillConfig, micro_batch, settle
-from .cost import largest_micro_batch
 from .distill import Distiller, Teacher, load_source, perceptual_loss
 from .health import Health, StopRequests
+from .memory import largest_micro_batch
 from .optimizers import set_learning_rate
 from .report import Report
 from .runs import Intervals, Place

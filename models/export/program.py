@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from dnnlib import UserError, make_folder, replacing
 from solvers import solve
-from torch_utils.device import PLAIN, use_path
+from torch_utils.device import plain_operations
 
 from ..diffusers_precond import DiffusersPrecond
 from ..guidance import Denoiser, guided
@@ -117,7 +116,7 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
         batch = torch.export.Dim("batch", max=63 if isinstance(student.net, DiffusersPrecond) else None)
         dims = tuple({0: batch} if t.ndim else None for t in cases[0])
         shapes = dims[:3] + (dims[3:],) * (len(dims) > 3)
-        with use_path(replace(PLAIN, sdpa=True)):  # what the fast path keeps between calls is no part of a program
+        with plain_operations():
             exported = torch.export.export(step, cases[0], dynamic_shapes=shapes, strict=False)
     with replacing(dest) as temporary:
         run = writers[dest.suffix](exported, student.record(), temporary)

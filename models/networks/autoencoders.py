@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dnnlib import need
 from torch_utils.checkpoint import PathLike, check_state_dict
 
-from .layers import Conv2d, GroupNorm
+from .layers import Conv2d, GroupNorm, attend, freeze, to_tokens
 
 #: Bytes that a decoder's activations may take at a time. 8 GB also hold the U-Net and the text encoder of Stable
 #: Diffusion in float32 (4 GB), 64 images of 512×512 (0.2 GB), and what the kernels work in.
@@ -68,9 +68,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H·W, channels]
-        return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
+        q, k, v = (to_tokens(layer(y))[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, H·W, channels]
+        return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 
 class Middle(nn.Module):
@@ -292,4 +291,4 @@ def load_autoencoder(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
     check_state_dict(net.state_dict(), tensors, source)
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     net.drop_encoder()
-    return net.eval().requires_grad_(False)
+    return freeze(net)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .group_norm import is_channels_last
-from .layers import Weighted, Weights, arrange, attend
+from .layers import Weighted, Weights, arrange, attend, to_images, to_tokens
 
 EPS = 1e-4
 #: Gain of a layer that follows SiLU: one over the root mean square of silu(x) for standard normal x.
@@ -72,25 +72,26 @@ class MPFourier(nn.Module):
 
 
 class MPConv(Weighted):
-    """A convolution or, without a `kernel`, a linear layer, with normalised weights and no bias."""
+    """A convolution or, without a `kernel`, a linear layer, times `gain`; with normalised weights and no bias."""
 
     weight: nn.Parameter
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None, gain: float = 1.0) -> None:
         super().__init__()
+        self.gain = gain
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *([] if kernel is None else [kernel] * 2)))
         self.bias = None
 
-    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """The result times `gain`, of `[B, in_channels]` or `[B, in_channels, H, W]`."""
-        weight, _ = self._weights(x, gain)
+    def forward(self, x: Tensor) -> Tensor:
+        """Of `[B, in_channels]` or `[B, in_channels, H, W]`."""
+        weight, _ = self._weights(x)
         return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def _normalized(self) -> Tensor:
         return unit_rms(self.weight, range(1, self.weight.ndim))
 
-    def _convert(self, x: Tensor, gain: float) -> Weights:
-        weight = (self._normalized() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+    def _convert(self, x: Tensor) -> Weights:
+        weight = (self._normalized() * (self.gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         if weight.ndim == 4 and is_channels_last(x):
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, None
@@ -99,6 +100,20 @@ class MPConv(Weighted):
     def normalize(self) -> None:
         """Bring the weights back to rms 1; results change by ε at most."""
         self.weight.copy_(self._normalized())
+
+
+class MPQKV(MPConv):
+    """1×1 convolution to queries, keys and values: three blocks of channels, each in the order (head, channel).
+
+    The published weights have the three of each channel side by side.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 3 * channels, kernel=1)
+
+    def _convert(self, x: Tensor) -> Weights:
+        weight, _ = super()._convert(x)
+        return weight.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1), None
 
 
 class EDM2Block(nn.Module):
@@ -134,12 +149,14 @@ class EDM2Block(nn.Module):
         self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance
         self.clip_act = clip_act
         self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(out_channels if is_encoder else in_channels, out_channels, kernel=3)
-        self.emb_linear = MPConv(emb_channels, out_channels)
-        self.conv_res1 = MPConv(out_channels, out_channels, kernel=3)
+        self.conv_res0 = MPConv(out_channels if is_encoder else in_channels, out_channels, kernel=3, gain=SILU_GAIN)
+        self.emb_linear = MPConv(emb_channels, out_channels, gain=SILU_GAIN)
+        self.conv_res1 = MPConv(out_channels, out_channels, kernel=3, gain=sum_factors(res_balance)[1] * SILU_GAIN)
         self.conv_skip = None if in_channels == out_channels else MPConv(in_channels, out_channels, kernel=1)
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, kernel=1) if self.num_heads else None
-        self.attn_proj = MPConv(out_channels, out_channels, kernel=1) if self.num_heads else None
+        self.attn_qkv = MPQKV(out_channels) if self.num_heads else None
+        self.attn_proj = None
+        if self.num_heads:
+            self.attn_proj = MPConv(out_channels, out_channels, kernel=1, gain=sum_factors(attn_balance)[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """`emb` `[B or 1, emb_channels]` is the output of a SiLU, float32."""
@@ -149,24 +166,22 @@ class EDM2Block(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         if self.is_encoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), [1])
-        kept, added = sum_factors(self.res_balance)
-        scale = self.emb_linear(emb, SILU_GAIN) * self.emb_gain + 1
-        y = self.conv_res0(F.silu(x), SILU_GAIN) * scale[:, :, None, None].to(x.dtype)
+        scale = self.emb_linear(emb) * self.emb_gain + 1
+        y = self.conv_res0(F.silu(x)) * scale[:, :, None, None].to(x.dtype)
         y = F.dropout(F.silu(y), self.dropout, training=self.training)
         if self.conv_skip is not None and not self.is_encoder:
             x = self.conv_skip(x)
-        x = torch.add(self.conv_res1(y, added * SILU_GAIN), x, alpha=kept)
+        x = torch.add(self.conv_res1(y), x, alpha=sum_factors(self.res_balance)[0])
         if self.attn_qkv is not None and self.attn_proj is not None:
-            kept, added = sum_factors(self.attn_balance)
-            x = torch.add(self.attn_proj(self._attention(self.attn_qkv(x)), added), x, alpha=kept)
+            y = self.attn_proj(self._attention(self.attn_qkv(x)))
+            x = torch.add(y, x, alpha=sum_factors(self.attn_balance)[0])
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        """Cosine attention among pixels; the published channels are in the order (head, channel, which of q, k, v)."""
-        b, c, h, w = qkv.shape
-        split = qkv.permute(0, 2, 3, 1).reshape(b, h * w, self.num_heads, c // (3 * self.num_heads), 3)
-        q, k, v = (part.transpose(1, 2) for part in unit_rms(split, [3]).unbind(4))
-        return arrange(attend(q, k, v).transpose(1, 2).reshape(b, h, w, c // 3).permute(0, 3, 1, 2))
+        """Cosine attention among pixels, `[B, 3·C, H, W]` → `[B, C, H, W]`."""
+        split = unit_rms(to_tokens(qkv).unflatten(2, (3, self.num_heads, -1)), [4])
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        return to_images(attend(q, k, v).transpose(1, 2).flatten(2), *qkv.shape[2:])
 
 
 class EDM2UNet(nn.Module):
@@ -227,7 +242,9 @@ class EDM2UNet(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)
         self.emb_noise = MPConv(noise, emb)
-        self.emb_label = MPConv(label_dim, emb) if label_dim else None
+        self.emb_label = None
+        if label_dim:
+            self.emb_label = MPConv(label_dim, emb, gain=sum_factors(label_balance)[1] * math.sqrt(label_dim))
         if use_step_condition:
             self.step_gain = nn.Parameter(torch.zeros([]))
             self.step_fourier = MPFourier(noise)
@@ -324,8 +341,7 @@ class EDM2UNet(nn.Module):
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, step_condition: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None and class_labels is not None:
-            kept, added = sum_factors(self.label_balance)
-            emb = kept * emb + self.emb_label(class_labels, added * math.sqrt(class_labels.shape[1]))
+            emb = sum_factors(self.label_balance)[0] * emb + self.emb_label(class_labels)
         if self.step_shift is not None:
             emb = emb + self.step_shift
         return emb if step_condition is None else emb + self.embed_steps(step_condition)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: A batch goes through in parts of so many float32 values, which stay in the cache from one operation to the next.
+#: On the CPU a batch goes through in parts of so many float32 values, which stay in the cache between operations.
 CACHED = 1 << 19
 
 
@@ -108,7 +108,8 @@ class _Work:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.count = x.shape[2] * x.shape[3]
         self.groups = (-1, groups, x.shape[1] // groups)
-        self._size = max(1, min(len(x), CACHED // (self.count * x.shape[1])))
+        cached = CACHED // (self.count * x.shape[1]) if x.device.type == "cpu" else len(x)
+        self._size = max(1, min(len(x), cached))
         self._empty = partial(x.new_empty, (self._size, self.count, x.shape[1]), dtype=self.dtype)
 
     def buffer(self) -> Tensor:

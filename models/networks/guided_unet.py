@@ -34,6 +34,8 @@ from .layers import (
     attend,
     attend_to_pixels,
     kaiming_uniform,
+    to_images,
+    to_tokens,
     zeros,
 )
 
@@ -64,8 +66,8 @@ class LayerNorm(Weighted):
 class StridedConv2d(Conv2d):
     """Convolution at every second pixel."""
 
-    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
-        return F.conv2d(x, *self._weights(x, gain), stride=2, padding=padding)
+    def _convolve(self, x: Tensor, padding: int) -> Tensor:
+        return F.conv2d(x, *self._weights(x), stride=2, padding=padding)
 
 
 class Downsample(nn.Module):
@@ -245,10 +247,10 @@ class SpatialTransformer(nn.Module):
         self.proj_out = Conv2d(channels, channels, kernel=1, init=zeros)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = to_tokens(self.proj_in(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(arrange(h.transpose(1, 2).reshape(x.shape)))
+        return x + self.proj_out(to_images(h, *x.shape[2:]))
 
 
 class GuidedUNet(nn.Module):

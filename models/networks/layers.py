@@ -6,20 +6,26 @@ and carries the noise level.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from typing_extensions import Self  # comes with torch
 
-from torch_utils.device import fast_path
+from torch_utils.device import is_plain, prefers_channels_last
 
 from .group_norm import GroupNormFunction, is_channels_last
 
 Init = Callable[[Sequence[int], int, int], Tensor]
 #: Weight, and bias or None, as a layer computes with them.
 Weights = tuple[Tensor, Any]
+#: Gradients of so many layers are in half precision at a time.
+LAYERS_AT_A_TIME = 32
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def xavier_uniform(gain: float = 1.0) -> Init:
@@ -46,33 +52,110 @@ DEFAULT_INIT = kaiming_normal()
 
 
 class Weighted(nn.Module):
-    """A layer with float32 `weight` and `bias`, either of which may be None, that computes in other dtypes."""
+    """A layer with float32 `weight` and `bias`, either of which may be None, that computes in other dtypes.
+
+    It casts its weights in every forward, alone or as `cast_together` does, or once, where `freeze` was called.
+    """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    #: What `_weights` gave, for which parameters, and their state at that time.
-    _kept: tuple[Weights, list[nn.Parameter | None], tuple[object, ...]] | None = None
+    #: Factor of the weights as they are computed with.
+    gain: float = 1.0
+    _is_frozen: bool = False
+    _kept: Weights | None = None
+    #: Whether the features have another dtype than the weights, and their cast within `cast_together`.
+    _is_cast: bool = False
+    _together: Weights | None = None
 
-    def _weights(self, x: Tensor, gain: float = 1.0) -> Weights:
-        """Weight and bias times `gain`, in the dtype and memory order of `x`; kept where they are not trained."""
-        own = [self.weight, self.bias]
-        if not fast_path().keep_weights or any(p is not None and p.requires_grad for p in own):
-            return self._convert(x, gain)
-        # Changes in place count up the version; loading and moving a network can put other tensors in place.
-        versions = [(p._version, p.device) for p in own if p is not None]
-        state = (x.dtype, x.ndim == 4 and is_channels_last(x), gain, *versions)
-        if self._kept is None or self._kept[2] != state or any(a is not b for a, b in zip(self._kept[1], own)):
-            self._kept = (self._convert(x, gain), own, state)
-        return self._kept[0]
+    def keep_weights(self) -> None:
+        """Cast the weights when they are first used; again once others are loaded, or the layer was moved."""
+        self._is_frozen, self._kept = True, None
 
-    def _convert(self, x: Tensor, gain: float) -> Weights:
-        own = (self.weight, self.bias)
-        weight, bias = (None if p is None else (p if gain == 1 else p * gain).to(x.dtype) for p in own)
-        if weight is None:
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._is_frozen, self._kept = False, None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _weights(self, x: Tensor) -> Weights:
+        """Weight and bias times `gain`, in the dtype and memory order of `x`."""
+        if not self._is_frozen or is_plain():  # what is kept is no part of a traced program
+            return self._convert(x)
+        if self._kept is None or self._kept[0].dtype != x.dtype:
+            self._kept = self._convert(x)
+        return self._kept
+
+    def _convert(self, x: Tensor) -> Weights:
+        if self.weight is None:
             raise ValueError("a layer without weights only resamples")
+        if self._together is not None:
+            return self._together
+        self._is_cast = self.weight.dtype != x.dtype
+        weight: Tensor = self.weight if self.gain == 1 else self.weight * self.gain
+        bias: Tensor | None = self.bias if self.gain == 1 or self.bias is None else self.bias * self.gain
         if weight.ndim == x.ndim == 4 and is_channels_last(x):
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return weight, bias
+            weight = weight.to(x.dtype, memory_format=torch.channels_last)
+        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+@contextmanager
+def cast_together(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the weights of all layers that computed in half precision before are cast to `dtype`, in a few launches.
+
+    Their gradients are cast back in a few, too. That replaces two to four launches for each layer, a third of those of
+    a training step on a GPU, and changes no bit.
+    """
+    layers = [m for m in module.modules() if isinstance(m, Weighted) and m._is_cast and m.weight is not None]
+    for start in range(0, len(layers), LAYERS_AT_A_TIME):
+        part = layers[start : start + LAYERS_AT_A_TIME]
+        own = [(layer, p) for layer in part for p in (layer.weight, layer.bias) if p is not None]
+        cast = iter(_CastTogether.apply(dtype, [layer.gain for layer, _ in own], *[p for _, p in own]))
+        for layer in part:
+            layer._together = (next(cast), None if layer.bias is None else next(cast))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._together = None
+
+
+class _CastTogether(torch.autograd.Function):
+    """`apply(dtype, gains, *params)`: each parameter times its gain, in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, gains: list[float], *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.gains, ctx.dtypes = gains, [p.dtype for p in params]
+        ctx.set_materialize_grads(False)
+        cast = [torch.empty_like(p, dtype=dtype) for p in params]
+        torch._foreach_copy_(cast, params if set(gains) == {1.0} else torch._foreach_mul(params, gains))
+        return tuple(cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found = [(g, gain, dtype) for g, gain, dtype in zip(grads, ctx.gains, ctx.dtypes) if g is not None]
+        wide = [torch.empty_like(g, dtype=dtype) for g, _, dtype in found]
+        if found:
+            torch._foreach_copy_(wide, [g for g, _, _ in found])
+            if set(ctx.gains) != {1.0}:
+                torch._foreach_mul_(wide, [gain for _, gain, _ in found])
+        results = iter(wide)
+        return None, None, *(None if g is None else next(results) for g in grads)
+
+
+def freeze(module: AnyModule) -> AnyModule:
+    """Eval mode without gradients, weights cast once; who then changes them in place calls this again."""
+    for layer in module.eval().requires_grad_(False).modules():
+        if isinstance(layer, Weighted):
+            layer.keep_weights()
+    return module
 
 
 class Linear(Weighted):
@@ -99,7 +182,8 @@ class Linear(Weighted):
 class Conv2d(Weighted):
     """Convolution with optional ×2 resampling; `kernel=0` resamples only.
 
-    `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does.
+    `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does. With
+    weights, the result is multiplied by `gain`.
     """
 
     resample_filter: Tensor  # None where nothing is resampled
@@ -113,13 +197,14 @@ class Conv2d(Weighted):
         down: bool = False,
         resample_filter: Sequence[float] = (1, 1),
         fused: bool = False,
+        gain: float = 1.0,
         init: Init = DEFAULT_INIT,
         init_bias: Init = zeros,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.up, self.down, self.fused = up, down, fused
+        self.up, self.down, self.fused, self.gain = up, down, fused, gain
         fans = (in_channels * kernel**2, out_channels * kernel**2)
         self.weight = nn.Parameter(init([out_channels, in_channels, kernel, kernel], *fans)) if kernel else None
         self.bias = nn.Parameter(init_bias([out_channels], *fans)) if kernel else None
@@ -139,26 +224,25 @@ class Conv2d(Weighted):
         kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
 
-    def _convolve(self, x: Tensor, padding: int, gain: float) -> Tensor:
-        return F.conv2d(x, *self._weights(x, gain), padding=padding)
+    def _convolve(self, x: Tensor, padding: int) -> Tensor:
+        return F.conv2d(x, *self._weights(x), padding=padding)
 
-    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """The result times `gain`, for a layer with weights."""
+    def forward(self, x: Tensor) -> Tensor:
         pad = 0 if self.weight is None else self.weight.shape[-1] // 2
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
         if self.fused and self.weight is not None and (self.up or self.down):
             if self.up:
-                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0), gain)
-            weight, bias = self._weights(x, gain)
+                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0))
+            weight, bias = self._weights(x)
             bias_free = F.conv2d(x, weight, padding=pad + filter_pad)
             return self._downsample(bias_free, 0) + bias.reshape(1, -1, 1, 1)
-        if self.up and self._is_box and self.weight is not None and pad == 0 and fast_path().folding:
-            return self._upsample(self._convolve(x, 0, gain), 0)
+        if self.up and self._is_box and self.weight is not None and pad == 0 and not is_plain():
+            return self._upsample(self._convolve(x, 0), 0)  # a quarter of the products
         if self.up:
             x = self._upsample(x, filter_pad)
         if self.down:
             x = self._downsample(x, filter_pad)
-        return x if self.weight is None else self._convolve(x, pad, gain)
+        return x if self.weight is None else self._convolve(x, pad)
 
 
 class Pointwise(Conv2d):
@@ -172,8 +256,8 @@ class Pointwise(Conv2d):
         super().__init__(in_channels, out_channels, kernel=1, init=init, init_bias=init_bias)
         self.weight = nn.Parameter(self.weight.detach().reshape([out_channels, in_channels] + [1] * dims))
 
-    def _convert(self, x: Tensor, gain: float) -> Weights:
-        weight, bias = super()._convert(x, gain)
+    def _convert(self, x: Tensor) -> Weights:
+        weight, bias = super()._convert(x)
         return weight.flatten(1)[:, :, None, None], bias
 
 
@@ -189,8 +273,8 @@ class QKV(Pointwise):
         super().__init__(channels, 3 * channels, dims, **init)
         self._split = (parts, 3, channels // parts)
 
-    def _convert(self, x: Tensor, gain: float) -> Weights:
-        own = super()._convert(x, gain)
+    def _convert(self, x: Tensor) -> Weights:
+        own = super()._convert(x)
         weight, bias = (p.unflatten(0, self._split).transpose(0, 1).flatten(0, 2) for p in own)
         q, k, v = bias.chunk(3)
         return weight, torch.cat([q, k.detach(), v])
@@ -202,8 +286,11 @@ def _outer_filter(resample_filter: Sequence[float]) -> Tensor:
     return (torch.outer(taps, taps) / taps.sum().square())[None, None]
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Weighted):
     """Group normalisation with at least `min_channels` channels in each of at most 32 groups."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, channels: int, eps: float = 1e-5, min_channels: int = 4) -> None:
         super().__init__()
@@ -223,7 +310,7 @@ class GroupNorm(nn.Module):
 
         Shifts and scales are `[B, channels]`, float32.
         """
-        if fast_path().folding and is_channels_last(x):
+        if is_channels_last(x) and not is_plain():
             weight: Tensor = self.weight
             bias: Tensor = self.bias
             for scale, offset in modulations:
@@ -231,32 +318,44 @@ class GroupNorm(nn.Module):
             return GroupNormFunction.apply(x, weight, bias, shift, self.groups, self.eps, silu)
         if shift is not None:
             x = x + _spread(shift, x)
-        x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        x = F.group_norm(x, self.groups, *self._weights(x), self.eps)
         for scale, offset in modulations:
             x = torch.addcmul(_spread(offset, x), x, _spread(scale, x) + 1)
         return F.silu(x) if silu else x
 
 
 def arrange(x: Tensor) -> Tensor:
-    """Images in the memory order that the layers are fastest in on their device."""
-    fastest = x.device.type in fast_path().channels_last
-    return x.contiguous(memory_format=torch.channels_last if fastest else torch.contiguous_format)
+    """Images in the memory order that the layers compute in on their device."""
+    order = torch.channels_last if prefers_channels_last(x.device) else torch.contiguous_format
+    return x.contiguous(memory_format=order)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`."""
-    if fast_path().sdpa:
-        return F.scaled_dot_product_attention(q, k, v)
-    scores = torch.einsum("bhqc,bhkc->bhqk", q.float(), k.float() / math.sqrt(q.shape[3]))
-    return torch.einsum("bhqk,bhkc->bhqc", scores.softmax(3).to(v.dtype), v)
+    """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`.
+
+    Fused kernels want the channels of a head side by side. On the meta device, where memory and kernels are counted, it
+    is the one of CUDA that keeps no products.
+    """
+    if q.device.type == "meta" and not is_plain() and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps_sums)[0]
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """Images `[B, C, H, W]` as a row of pixels `[B, H·W, C]`, the channels of a pixel side by side."""
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def to_images(tokens: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H·W, C]` as images `[B, C, H, W]`, in their memory order."""
+    return arrange(tokens.transpose(1, 2).unflatten(2, (height, width)))
 
 
 def attend_to_pixels(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention among the pixels of images, `[B, 3·C, H, W]` as from `QKV` → `[B, C, H, W]`."""
-    b, c, h, w = qkv.shape
-    split = (b, h * w, 3, num_heads, c // (3 * num_heads))
-    q, k, v = (part.transpose(1, 2) for part in qkv.permute(0, 2, 3, 1).reshape(split).unbind(2))
-    return arrange(attend(q, k, v).transpose(1, 2).reshape(b, h, w, c // 3).permute(0, 3, 1, 2))
+    q, k, v = to_tokens(qkv).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return to_images(attend(q, k, v).transpose(1, 2).flatten(2), *qkv.shape[2:])
 
 
 def _spread(value: Tensor, x: Tensor) -> Tensor:
@@ -337,35 +436,30 @@ class UNetBlock(nn.Module):
         # Zero weights: a step-conditioned student starts exactly as its teacher.
         self.affine_step = Linear(emb_channels, modulations, init=zeros) if use_step_condition else None
         self.norm1 = GroupNorm(out_channels, eps)
-        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init=init_last)
+        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, gain=skip_scale, init=init_last)
         self.skip = None
         if in_channels != out_channels or up or down:
             kernel = 1 if resample_proj or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resampling, **own)
+            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, gain=skip_scale, **resampling, **own)
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, eps)
             bias = init_bias if init_attention is None else zeros
             self.qkv = QKV(out_channels, out_channels, init=init_attention or init, init_bias=bias)
-            self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_last)
+            self.proj = Conv2d(out_channels, out_channels, kernel=1, gain=skip_scale, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor, step_emb: Tensor | None = None) -> Tensor:
-        residual = x
-        gain = self.skip_scale if fast_path().folding else 1.0
-        if self.skip is not None:
-            residual = self.skip(x, gain)
+        residual = x if self.skip is None else self.skip(x)
         h = self.conv0(self.norm0(x, silu=True))
         h = self._modulate(h, emb, step_emb)
-        h = self.conv1(F.dropout(h, self.dropout, training=self.training), gain)
+        h = self.conv1(F.dropout(h, self.dropout, training=self.training))
         x = self._join(h, residual, self.skip is not None and self.skip.weight is not None)
         if not self.num_heads:
             return x
         out = attend_to_pixels(self.qkv(self.norm2(x)), self.num_heads)
-        return self._join(self.proj(out, gain), x)
+        return self._join(self.proj(out), x)
 
     def _join(self, x: Tensor, residual: Tensor, scaled: bool = False) -> Tensor:
-        """(x + residual) · skip_scale, where with folding x has the factor already, and a `scaled` residual too."""
-        if not fast_path().folding:
-            return (x + residual) * self.skip_scale
+        """(x + residual) · skip_scale, where x has the factor already, and a `scaled` residual too."""
         return torch.add(x, residual, alpha=1.0 if scaled else self.skip_scale)
 
     def _modulate(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> Tensor:

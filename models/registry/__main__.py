@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, one_line_errors
 from dnnlib.options import Command, section
-from torch_utils.device import PLAIN, use_path
+from torch_utils.device import plain_operations
 
 from ..loading import build_on_meta
 from ..networks.clip_text import VIT_L_14
@@ -33,7 +33,7 @@ sigma            noise levels between which models are distilled and sampled"""
 
 def measure(row: DatasetSpec) -> dict[str, Any]:
     """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
-    with torch.device("meta"), torch.no_grad(), use_path(PLAIN), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), plain_operations(), FlopCounterMode(display=False) as counter:
         net = build_on_meta(row).eval()
         parameters = sum(param.numel() for param in net.parameters())
         shape = (1, net.img_channels, net.img_resolution, net.img_resolution)

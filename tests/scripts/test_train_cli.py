@@ -205,7 +205,7 @@ def test_dry_run_of_the_second_stage(source, evaluations):
     output = second_stage(student(source), "--max_order=3", "-n").ok().output
     assert f"Student: NFE 1; teacher: {evaluations} evaluations per trajectory" in output
     config = DistillConfig("tiny", num_steps=3, M=2, is_second_stage=True, model_path=str(student(source)))
-    assert run_cost(config, tiny_network(), 1, source_settings(config)).teacher == evaluations
+    assert run_cost(config, tiny_network(), source_settings(config)).teacher == evaluations
     second_stage(student(source), "-n", M=9).refused("--num_steps=3 --M=9 sample the model at 21 timestamps")
     second_stage("12", "-n").refused("run 12 does not exist")
 

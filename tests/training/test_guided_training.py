@@ -27,6 +27,7 @@ from training.config import DistillConfig, check, describe
 from training.cost import estimate, flops_per_evaluation, run_cost
 from training.distill import Teacher, load_source
 from training.loop import load_models
+from training.memory import run_memory
 
 CPU = torch.device("cpu")
 SHORT = {"total_kimg": 0.016}
@@ -128,13 +129,14 @@ def test_evaluations_are_counted_twice(guide):
     assert config().student_plan(4).nfe == 2
     assert "teacher: 12 evaluations" in describe(config())
     net, small = tiny_network(label_dim=3), load_teacher(None, guide).net
-    plain, guided = (run_cost(config(guidance_rate=rate), net, 4) for rate in (1.0, 2.5))
-    assert (guided.teacher, guided.student, guided.memory) == (2 * plain.teacher, plain.student, plain.memory)
-    led = run_cost(config(guide=str(guide)), net, 4, guide=small)
+    plain, guided = (run_cost(config(guidance_rate=rate), net) for rate in (1.0, 2.5))
+    assert (guided.teacher, guided.student) == (2 * plain.teacher, plain.student)
+    led = run_cost(config(guide=str(guide)), net, guide=small)
     # Half of the evaluations are the guide's.
     half = plain.teacher * (flops_per_evaluation(net) + flops_per_evaluation(small))
     assert led.flops_per_trajectory == pytest.approx(half + 3 * led.student * flops_per_evaluation(net))
-    assert led.memory == guided.memory + 4 * sum(p.numel() for p in small.parameters())
+    alone, together = (run_memory(config(), net, 4, guide=g).weights for g in (None, small))
+    assert together == alone + 4 * sum(p.numel() for p in small.parameters())
 
 
 def test_a_dry_run_counts_guidance(guide):
