@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 VIEWS = """
     view _unsafe_view transpose permute expand slice select unsqueeze squeeze detach alias t as_strided split chunk
     split_with_sizes unbind _reshape_alias lift_fresh empty empty_like new_empty empty_strided new_empty_strided view_as
-    unfold diagonal narrow is_same_size sym_size sym_stride
+    unfold diagonal narrow is_same_size sym_size sym_stride device
 """
 #: Tensors that one launch of a kernel for lists takes, about (torch's own has 30 to 110, by operation).
 LIST = 64
