@@ -197,7 +197,7 @@ quickstart installs, distils the embedded teacher, samples and compares: 7 minut
 minutes on one CPU core. FID (50k images, num_steps 4 to 7 of SFD-v in this order) and A100 hours are those of the paper
 (arXiv 2409.19681), the hours of a second stage with the model that it starts from; "-": none published. 24 GB hold: so
 many samples at a time (estimated, "?": close); --batch-gpu=auto finds it out and accumulates. Guidance doubles the NFE
-of ms_coco. `test --slow` runs all tests.
+of ms_coco. `test --slow` runs all tests; `gpu-check` says in ten minutes what is right on a GPU, and what it takes.
 END
 }
 
@@ -241,6 +241,14 @@ run_tests() {
   [[ -n $DRY_RUN ]] || "$@"
 }
 
+gpu_check() {
+  take_dry_run "$@"
+  prepare requirements.txt
+  set -- "$PYTHON" tests/gpu_check.py ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+  say "$*"
+  [[ -n $DRY_RUN ]] || "$@"
+}
+
 train_preset() {
   local name=$1; shift
   presets arguments "$name" >/dev/null
@@ -259,6 +267,7 @@ case "${1:-}" in
   "" | -h | --help) list ;;
   quickstart) shift; quickstart "$@" ;;
   test) shift; run_tests "$@" ;;
+  gpu-check) shift; gpu_check "$@" ;;
   arguments) presets arguments "${2:?usage: bash launch.sh arguments NAME}" ;;
   *) train_preset "$@" ;;
 esac

@@ -23,6 +23,7 @@ from solvers import get_solver, solve
 from torch_utils.checkpoint import read_network, save_network
 from training.config import DistillConfig
 from training.cost import run_cost
+from training.memory import run_memory
 
 TABLE = dict(
     prediction_type="epsilon", num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02,
@@ -310,8 +311,8 @@ def test_teachers_are_sampled_and_measured():
     assert '"nfe": 2' in measured.output
     plan = invoke("train", *flags(TRAIN, dict(model_path=folder, use_step_condition=True)), "--dry-run").ok()
     assert "NFE 2to5" in plan.output
-    cost = run_cost(DistillConfig("ddpm", model_path=str(folder), precision="fp16"), load_teacher(None, folder).net, 4)
-    assert cost.flops > 1e5 and cost.memory > 1e5
+    config, net = DistillConfig("ddpm", model_path=str(folder), precision="fp16"), load_teacher(None, folder).net
+    assert run_cost(config, net).flops > 1e5 and run_memory(config, net, 4).total > 1e5
     torch.jit.script(Patches()).save("patches.pt")
     write_images(Path("real"), 8)
     gen = dict(many, ref="real", detector="patches.pt", device="cpu", precision="fp32")

@@ -199,6 +199,11 @@ def test_quickstart_and_tests_have_a_dry_run(launch):
     assert not calls and process.stdout.rstrip().endswith("== python -m pytest -q -k x")
 
 
+def test_gpu_check_has_a_dry_run(launch):
+    process, calls = launch("gpu-check", "--dry-run", "--tiny")
+    assert not calls and process.stdout.rstrip().endswith("== python tests/gpu_check.py --tiny")
+
+
 def test_signals_and_exit_codes_are_those_of_the_run(launch, tmp_path):
     """A scheduler signals the process that it started."""
     executable(
