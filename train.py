@@ -135,6 +135,9 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @click.option("--dump", help="Training state every so many ticks, and at the end", type=Whole(1, 10**6), default=10)
 @click.option("--keep", help="Training states to keep, the newest; with 2 or more a damaged one costs little",
               type=Whole(1, 10**4), default=2)  # fmt: skip
+@click.option("--keep_snapshots", help="Students to keep, the newest; default: all", type=Whole(1, 10**6))
+@click.option("--validation_prompts", help="Text-conditioned student: captions of the columns of pictures, as "
+              "--prompts of sample.py takes them; default: those of training", metavar="TXT|CSV")  # fmt: skip
 @click.option("--log", help="Curves and pictures for one of these too, beside the plain files; wandb stays offline "
               "unless WANDB_MODE says otherwise", type=click.Choice(LOGGERS))  # fmt: skip
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
@@ -182,12 +185,13 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         config,
         place,
         device,
-        intervals=Intervals(opts["tick"], opts["snap"], opts["dump"], opts["keep"]),
+        intervals=Intervals(opts["tick"], opts["snap"], opts["dump"], opts["keep"], opts["keep_snapshots"]),
         batch_gpu=opts["batch_gpu"],
         gradient_checkpointing=opts["gradient_checkpointing"],
         deterministic=opts["deterministic"],
         log=opts["log"],
         teacher_path=opts["teacher_path"],
+        validation_prompts=opts["validation_prompts"],
     )
 
 

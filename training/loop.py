@@ -15,7 +15,7 @@ from dnnlib.signals import Stopped, deferred_stop
 from models.diffusers_space import FolderSpace
 from models.loading import make_student, save_student
 from models.model import DiffusionModel, SamplingSettings, Student
-from models.prompts import captions_by_seed
+from models.prompts import Prompts, captions_by_seed, read_prompts
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, use_deterministic_algorithms
 from torch_utils.random import derive_seed
@@ -74,7 +74,7 @@ def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path
             # The student comes before the state, after which it would be missing for good; who stops has no time for
             # its picture.
             if not done and ticks // intervals.snap > ticks_before // intervals.snap:
-                save_snapshot(state, report, run_dir, picture=not stopped)
+                save_snapshot(state, report, run_dir, intervals, picture=not stopped)
             if done or stopped or ticks // intervals.dump > ticks_before // intervals.dump:
                 state.save(run_dir, intervals.keep)
             if stopped:
@@ -86,17 +86,20 @@ def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path
                 raise Stopped(number, message="")
             maintenance, tick_start = time.time() - tick_end, time.time()
         # Last of all, for a run that has its last student counts as finished.
-        save_snapshot(state, report, run_dir)
+        save_snapshot(state, report, run_dir, intervals)
 
 
-def save_snapshot(state: TrainingState, report: Report, run_dir: Path, picture: bool = True) -> None:
-    """The student as one file, on rank 0, and a picture of teacher and student."""
+def save_snapshot(
+    state: TrainingState, report: Report, run_dir: Path, intervals: Intervals, picture: bool = True
+) -> None:
+    """The student as one file, on rank 0, and a picture of teacher and student; older students may go."""
     if picture:
         report.picture()
     if distributed.rank() == 0:
         student = state.distiller.student.eval()
         training = {**state.distiller.config.to_json(), "images": state.images, "seconds": round(state.seconds, 1)}
         save_student(run_dir / runs.snapshot_name(state.images), student, training)
+        runs.prune_snapshots(run_dir, intervals.keep_snapshots)
 
 
 def load_models(
@@ -152,12 +155,14 @@ def train(
     deterministic: bool = False,
     log: str | None = None,
     teacher_path: str | None = None,
+    validation_prompts: str | None = None,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
     `batch_gpu` (`auto` tries out what fits) and `gradient_checkpointing` save memory and change nothing else.
     `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
-    docs/reliability.md. For `log` see `training.loggers`, for `teacher_path` `load_source`.
+    docs/reliability.md. For `log` see `training.loggers`, for `teacher_path` `load_source`. `validation_prompts` is a
+    file of captions for the pictures of a text-conditioned student, one for each column.
     """
     if deterministic:
         use_deterministic_algorithms()
@@ -170,8 +175,9 @@ def train(
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
     prompts = captions_by_seed() if student.has_text else None
+    shown = prompts if validation_prompts is None else _captions_of(student, validation_prompts)
     if prompts is not None and isinstance(student.latent, FolderSpace):
-        student.latent.prepare(prompts.texts, device)
+        student.latent.prepare([*prompts.texts, *(shown.texts if shown else [])], device)
     lpips = perceptual_loss(config, student)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
@@ -182,7 +188,7 @@ def train(
     size = largest_micro_batch(teacher, student, lpips, share) if batch_gpu == "auto" else share
     distiller = Distiller(teacher, student, config, size, lpips)
     state = TrainingState(distiller, Health(distiller))
-    report = Report(opened.path, state, prompts)
+    report = Report(opened.path, state, shown)
     if state.restore(opened.path, report.log, place.override):
         report.log(f"Continuing {opened.path} at kimg {state.images / 1000:g}")
     if opened.changed:
@@ -196,6 +202,13 @@ def train(
     opened.close()
     distributed.shutdown()
     return opened.path
+
+
+def _captions_of(student: Student, path: str) -> Prompts:
+    """The captions of a file, one for each column of the pictures."""
+    if not student.has_text:
+        raise UserError(f"{student.dataset_name} has no text; this is for a text-conditioned one", "validation_prompts")
+    return Prompts(read_prompts(path))
 
 
 def _finish(run_dir: Path) -> Path:

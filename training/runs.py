@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ from .config import DistillConfig, check, differences, refuse_changes, with_defa
 from .state import states
 
 OPTIONS, STATS, LOG, LOCK = "training_options.json", "stats.jsonl", "log.txt", ".lock"
+SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
 NUMBERED = "[0-9]" * 5 + "-*"
 
 
@@ -26,17 +28,25 @@ NUMBERED = "[0-9]" * 5 + "-*"
 class Intervals:
     """How often things happen: status lines every `tick` kimg, students and states every `snap` and `dump` ticks.
 
-    Of the states, the newest `keep` stay.
+    Of the states, the newest `keep` stay, of the students the newest `keep_snapshots`, None for all.
     """
 
     tick: float = 5
     snap: int = 10
     dump: int = 10
     keep: int = 2
+    keep_snapshots: int | None = None
 
 
 def snapshot_name(images: int) -> str:
     return f"network-snapshot-{images // 1000:06d}.safetensors"
+
+
+def prune_snapshots(run_dir: Path, keep: int | None) -> None:
+    """Remove all students of a run but the newest `keep`; None keeps all of them."""
+    found = [(int(m[1]), path) for path in run_dir.iterdir() if (m := SNAPSHOT.fullmatch(path.name))]
+    for _, path in sorted(found)[: 0 if keep is None else -keep]:
+        path.unlink(missing_ok=True)
 
 
 def picture_name(images: int) -> str:

@@ -60,6 +60,7 @@ from torch_utils.checkpoint import read_settings
 from training import distill, loop
 from training.conditions import Batches, draw_captions
 from training.config import DistillConfig
+from training.report import Pictures
 
 NAMES = ("lsun_bedroom", "lsun_bedroom_ldm", "ffhq_ldm", "ms_coco")
 NEEDS = {"lsun_bedroom_ldm": "taming", "ffhq_ldm": "taming", "ms_coco": "transformers"}
@@ -518,6 +519,25 @@ def test_a_guided_teacher_leads_away_from_the_negative_caption(files, tmp_path, 
     s = student.sampling
     assert (s.guidance_type, s.training_guidance_rate, s.negative_prompt, s.plan.nfe) == ("teacher", 3.0, negative, 2)
     assert teacher.plan(4).nfe == 2 * 3
+
+
+def test_pictures_show_captions_of_a_file(files, tmp_path):
+    """The first column is of the first caption; training takes its own all the same."""
+    need("ms_coco")
+    (tmp_path / "captions.txt").write_text("a red cat\na blue dog\n")
+    shown, drawn = [], Pictures.draw
+    arguments = dict(dataset_name="ms_coco", guidance_rate=None, seed=5)
+
+    def recorded(pictures):
+        shown.append(pictures.prompts)
+        return drawn(pictures)
+
+    with known_as_published("ms_coco", files), mock.patch.object(Pictures, "draw", recorded):
+        for name, path in (("plain", None), ("file", tmp_path / "captions.txt")):
+            arguments |= dict(outdir=tmp_path / name, validation_prompts=path)
+            invoke("train", *flags(train_defaults(), arguments)).ok()
+    assert shown[-1] == Prompts(["a red cat", "a blue dog"]) and shown[0].drawn
+    assert same(weights(only_run(tmp_path / "plain")), weights(only_run(tmp_path / "file")))
 
 
 def test_captions_of_an_iteration_do_not_depend_on_anything_else():

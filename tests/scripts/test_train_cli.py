@@ -380,6 +380,23 @@ def test_tick_snap_and_dump_count(tmp_path):
     assert saved == {"state": [16, 32, 48, 56], "snapshot": [24, 48, 56]}
 
 
+def test_the_newest_students_are_kept(tmp_path):
+    """Files of other names stay, pictures too."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "network-snapshots.safetensors").write_text("not of a run")
+    changes = dict(total_kimg=4, batch=500, tick=1, snap=1, dump=9, M=0, num_steps=3, keep_snapshots=2)
+    invoke("train", *train_flags(teacher(), outdir=tmp_path / "here", **changes), "--nosubdir").ok()
+    names = sorted(path.name for path in (tmp_path / "here").glob("*.safetensors"))
+    assert names == [f"network-snapshot-00000{i}.safetensors" for i in (3, 4)] + ["network-snapshots.safetensors"]
+    assert len(list((tmp_path / "here").glob("teacher-and-student-*.png"))) == 4
+
+
+def test_captions_of_pictures_need_a_text_conditioned_student(tmp_path):
+    args = train_flags(teacher(), outdir=tmp_path / "x", validation_prompts="captions.txt")
+    invoke("train", *args).refused(r"--validation_prompts: tiny has no text")
+    assert not (tmp_path / "x").exists()
+
+
 def test_dump_is_not_missed_when_ticks_are_shorter_than_the_batch(tmp_path):
     """Five images to a tick, eight to a batch: ticks 1, 3, 4, 6, 8, 9, 11, 12; a dump is due every five ticks."""
     saved = []
