@@ -28,11 +28,11 @@ class UserError(Exception):
     Args:
         message: the line.
         about: name of the argument or setting that is at fault; a command that has an option of this name puts its flag
-            before the message.
+            before the message. From Python, the name itself stands there.
     """
 
     def __init__(self, message: str, about: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if about is None else f"{about}: {message}")
         self.message, self.about = message, about
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -251,6 +252,9 @@ def invoke(script: str, *args: Any) -> Result:
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.elastic", "train", "sample"])
+    # The server looks for them where it is started, which can be the folder of a test.
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):
+        forkserver.ensure_running()
     return context
 
 

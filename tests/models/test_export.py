@@ -409,7 +409,9 @@ def test_a_program_that_cannot_be_written_is_one_line(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
     invoke("models.export", "program", *flags(dict(model_path=path, dest="step.onnx"))).refused("pip install onnx")
-    invoke("models.export", "program", *flags(dict(model_path=path, dest="x.pt2", num_steps=5))).refused("num_steps=5")
+    invoke("models.export", "program", *flags(dict(model_path=path, dest="x.pt2", num_steps=5))).refused(
+        "--num_steps: the student was distilled for 4 timestamps, not 5"
+    )
     assert [p.name for p in Path().iterdir()] == ["student.safetensors"]
 
 

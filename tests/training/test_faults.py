@@ -654,6 +654,8 @@ def test_folder_without_permission_is_one_line(script, tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir(mode=0o555)
     for path in (tmp_path, *tmp_path.glob("run")):
         path.chmod(0o777)
+    for path in tmp_path.parents[:2]:  # pytest's own
+        path.chmod(0o711)
     monkeypatch.chdir(tmp_path)
     sampling = flags(SAMPLE, model_path=own, seeds=0, outdir="locked/x")
     args = train_flags(own, outdir="locked/x") if script == "train" else sampling

@@ -176,7 +176,7 @@ def test_the_plot_of_trajectories(figures):
     invoke("training.plot", run_dir, "--trajectory", "--num_steps=6").refused(
         "num_steps: the student was distilled for 4"
     )
-    invoke("training.plot", write_run("a", []), "--trajectory").refused("no readable training options")
+    invoke("training.plot", write_run("a", []), "--trajectory").refused("holds no training_options.json")
 
 
 # --- Distances -------------------------------------------------------------------------------------------------------
