@@ -1,20 +1,23 @@
-"""Students for other programs: `python -m models.export diffusers|program`."""
+"""Students for other programs: `python -m models.export diffusers|program|hub`."""
 
 from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from dnnlib import one_line_errors
+from dnnlib import one_line_errors, write_text
 from dnnlib.options import Group, Whole, offline_option, section
 
 from ..diffusers_precond import DiffusersPrecond
+from .card import how_to_sample_program, write_card
 from .diffusers import to_diffusers
 from .folder import to_folder
+from .hub import FILE, check_repo, hub_card, to_hub
 from .program import to_program
 from .student import open_student
 
@@ -72,7 +75,36 @@ def program(model_path: str, dest: Path, num_steps: int | None) -> None:
     """
     student = open_student(model_path, num_steps)
     worst = to_program(student, dest)
-    click.echo(f"Program: {dest}; differs from our step by {worst:.1g} of the largest value")
+    card = dest.with_suffix(".md")
+    write_text(card, write_card(student, how_to_sample_program(student, dest.name), "pytorch"))
+    click.echo(f"Program: {dest}; differs from our step by {worst:.1g} of the largest value; how to use it: {card}")
+
+
+@main.command()
+@section("What to send")
+@click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
+@click.option("--repo", help="Repository of the Hugging Face Hub; made if it is not there", metavar="NAME/REPO",
+              required=True)  # fmt: skip
+@click.option("--private", help="Make it a private one", is_flag=True)
+@section("Machine")
+@offline_option
+@click.option("-n", "--dry-run", help="Print the files and the card, then stop", is_flag=True)
+def hub(model_path: str, repo: str, private: bool, dry_run: bool) -> None:
+    """A student's file and a model card as a repository of the Hugging Face Hub.
+
+    Needs huggingface_hub, and its login (`hf auth login`) or HF_TOKEN.
+
+    \b
+    Examples:
+      python -m models.export hub --model_path=0 --repo=me/emoji32-sfd
+    """
+    check_repo(repo)
+    student = open_student(model_path)
+    if dry_run:
+        click.echo(json.dumps({"repo": repo, "private": private, "files": [FILE, "README.md"]}, indent=2))
+        click.echo(hub_card(student, repo))
+    else:
+        click.echo(f"Sent: {to_hub(student, repo, private)}")
 
 
 if __name__ == "__main__":

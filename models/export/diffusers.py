@@ -36,6 +36,7 @@ from ..precond import CFGPrecond
 from ..published.diffusers import POSITIONS, SUFFIXES, WEIGHTS, read_json
 from ..published.state_dicts import FIRST_STAGE, TEXT, below, is_stage_matrix, stage_name, unet_name
 from ..registry import get_row
+from .card import write_card
 from .student import OpenedStudent
 
 #: The release of diffusers that the layout is tested with.
@@ -54,22 +55,18 @@ def to_diffusers(student: OpenedStudent, dest: Path) -> None:
     row = get_row(name)
     config = row_config(row)
     tensors, source = read_published(row, own_latent_space(student.model.sampling, str(student.path)))
-    write_pipeline(
-        Pipeline(
-            net,
-            # A file says itself what its network is; the rest is as in the teacher.
-            {**config, "network": net.init_kwargs},
-            tensors,
-            find_tokenizer(source),
-            student.sampler.sigmas,
-            student.sampler.plan.afs,
-            student.sampler.plan.guidance_rate,
-            row.licence,
-            row.origin,
-            student.record(),
-        ),
-        dest,
+    pipeline = Pipeline(
+        net,
+        # A file says itself what its network is; the rest is as in the teacher.
+        {**config, "network": net.init_kwargs},
+        tensors,
+        find_tokenizer(source),
+        student.sampler.sigmas,
+        student.sampler.plan.afs,
+        student.sampler.plan.guidance_rate,
+        student.record(),
     )
+    write_pipeline(pipeline, dest, write_card(student, _how(pipeline, dest.name), "diffusers"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,6 @@ class Pipeline:
         sigmas: the student's noise levels, float64 `[num_steps]`.
         afs: whether its first step is analytical.
         guidance_rate: what it is sampled with.
-        licence, origin: of the weights.
         settings: what else to record, JSON-serialisable.
     """
 
@@ -95,8 +91,6 @@ class Pipeline:
     sigmas: Tensor
     afs: bool
     guidance_rate: float
-    licence: str
-    origin: str
     settings: Mapping[str, Any]
 
     @property
@@ -113,8 +107,8 @@ class Pipeline:
         return second / (first + (second - first) * first / math.sqrt(1 + first**2))
 
 
-def write_pipeline(pipeline: Pipeline, dest: Path) -> None:
-    """Write the folder, all or nothing; `dest` must not exist.
+def write_pipeline(pipeline: Pipeline, dest: Path, card: str) -> None:
+    """Write the folder with its card, all or nothing; `dest` must not exist.
 
     Raises:
         UserError: it exists, or cannot be written.
@@ -129,7 +123,7 @@ def write_pipeline(pipeline: Pipeline, dest: Path) -> None:
         _write_tokenizer(pipeline, temporary / "tokenizer")
         write_json(temporary / "model_index.json", _index())
         write_json(temporary / "sfd.json", _record(pipeline))
-        write_text(temporary / "README.md", _readme(pipeline, dest.name))
+        write_text(temporary / "README.md", card)
         temporary.rename(dest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -285,7 +279,8 @@ def _record(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _readme(pipeline: Pipeline, name: str) -> str:
+def _how(pipeline: Pipeline, name: str) -> str:
+    """How the folder is sampled, for its card."""
     rate, count = pipeline.guidance_rate, len(pipeline.steps) - 1
     sigmas = ", ".join(f"{sigma:.9g}" for sigma in pipeline.steps.tolist())
     plain = spacing_of(pipeline.steps) is not None
@@ -295,15 +290,7 @@ def _readme(pipeline: Pipeline, name: str) -> str:
         if plain
         else "`num_inference_steps` alone makes other noise levels, which the model was not trained for."
     )
-    return f"""---
-license: {pipeline.licence.lower().replace(" ", "-")}
-library_name: diffusers
-pipeline_tag: text-to-image
----
-A student of {pipeline.origin}, distilled by Simple and Fast Distillation (arXiv 2409.19681) for {count} evaluations of
-the network (twice that with guidance), exported for diffusers.
-
-```python
+    return f"""```python
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("{name}")

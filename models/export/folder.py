@@ -41,6 +41,7 @@ from ..diffusers_space import read_scale
 from ..noise import FlowNoise
 from ..published.diffusers import read_json
 from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, Folder, open_folder
+from .card import write_card
 from .diffusers import VERSION, write_json
 from .student import OpenedStudent
 
@@ -80,7 +81,8 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         write_json(temporary / "model_index.json", {**index, "scheduler": ["diffusers", scheduler["_class_name"]]})
         record = {**student.record(), "state_scale": state_scale(student), "guidance_scale": _guidance(student)}
         write_json(temporary / EXPORTED, record)
-        write_text(temporary / "README.md", _readme(student, dest.name, str(index["_class_name"])))
+        how = _how(student, dest.name, str(index["_class_name"]))
+        write_text(temporary / "README.md", write_card(student, how, "diffusers"))
         temporary.rename(dest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -216,7 +218,8 @@ def _guidance(student: OpenedStudent) -> float:
     return student.sampler.plan.guidance_rate
 
 
-def _readme(student: OpenedStudent, name: str, pipeline: str) -> str:
+def _how(student: OpenedStudent, name: str, pipeline: str) -> str:
+    """How the folder is sampled, for its card."""
     count, rate = len(student.steps) - 1, _guidance(student)
     arguments = f"num_inference_steps={count}"
     if is_flow(student):
@@ -226,14 +229,7 @@ def _readme(student: OpenedStudent, name: str, pipeline: str) -> str:
         arguments = f'"a photo of a cat", {arguments}, guidance_scale={rate:g}'
     elif student.net.label_dim:
         arguments = f"class_labels=[0], {arguments}, guidance_scale={rate:g}"
-    return f"""---
-library_name: diffusers
----
-A student of {student.model.dataset_name}, distilled by Simple and Fast Distillation (arXiv 2409.19681) for {count}
-evaluations of the network (twice that with guidance), exported for diffusers. Licence of the weights:
-{student.licence}.
-
-```python
+    return f"""```python
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{name}")
