@@ -75,7 +75,7 @@ def changed(tmp_path) -> Path:
 def run_tests(folder: Path, chosen: str) -> str:
     files = [
         f"tests/{name}.py"
-        for name in ("solvers/test_solvers", "scripts/test_fid", "models/test_registry", "models/test_edm_teachers")
+        for name in ("solvers/test_solvers", "scripts/test_energy", "models/test_registry", "models/test_edm_teachers")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
@@ -86,8 +86,8 @@ def run_tests(folder: Path, chosen: str) -> str:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the examples")
 def test_examples_of_the_contributing_page_apply_and_pass_their_tests(changed):
     assert len(DIFFS) == 3
-    chosen = "(order_of_convergence and kutta) or energy_distance or data_sets_of_the_program"
-    assert "3 passed" in run_tests(changed, chosen)
+    chosen = "(order_of_convergence and kutta) or energy_distance or cifar10_with_classes or data_sets_of_the_program"
+    assert "4 passed" in run_tests(changed, chosen)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from golden_files import GOLDEN
 
 from solvers import SOLVERS, Solver, count_evaluations, get_schedule, get_solver, solve
-from solvers.steppers import threshold
+from solvers.steppers import TwoStage, threshold
 
 FILES = [dict(np.load(GOLDEN / f"{name}.npz")) for name in ("solvers", "solvers_dpmpp")]
 RECORDED = [(i, key) for i, file in enumerate(FILES) for key in file if "/afs" in key]
@@ -244,10 +244,11 @@ def test_states_and_what_the_denoiser_is_given(solver, dtype):
     assert states.shape == (7, *x.shape) and states.dtype == dtype
     assert torch.equal(states[0], x) and torch.equal(x, kept)
     assert all(s.ndim == 0 and s.dtype == dtype and s.device == x.device for s in denoise.sigmas)
-    levels = []
-    for s, t in itertools.pairwise(SIGMAS.tolist()):
-        levels += [s] if solver.evaluations == 1 else [s, s ** (1 - solver.ratio) * t**solver.ratio]
-    assert [s.item() for s in denoise.sigmas] == torch.tensor(levels, dtype=dtype).tolist()
+    levels = torch.stack(denoise.sigmas).unflatten(0, (-1, solver.evaluations))
+    assert torch.equal(levels[:, 0], SIGMAS[:-1].to(dtype))
+    if isinstance(solver, TwoStage):
+        middles = [s ** (1 - solver.ratio) * t**solver.ratio for s, t in itertools.pairwise(SIGMAS.tolist())]
+        assert levels[:, 1].tolist() == torch.tensor(middles, dtype=dtype).tolist()
 
 
 def test_a_solver_can_be_used_again(solver):
