@@ -35,7 +35,17 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_data_sets_of_the_program():
-    paper = ["emoji32", "cifar10", "ffhq", "afhqv2", "imagenet64", "lsun_bedroom", "lsun_bedroom_ldm", "ffhq_ldm", "ms_coco"]
+    paper = [
+        "emoji32",
+        "cifar10",
+        "ffhq",
+        "afhqv2",
+        "imagenet64",
+        "lsun_bedroom",
+        "lsun_bedroom_ldm",
+        "ffhq_ldm",
+        "ms_coco",
+    ]
     more = ["lsun_cat", "imagenet64_cm", "imagenet256_adm", "imagenet256_adm_uncond"]
     assert [name for name in ROWS if name in paper] == paper and set(more) < set(ROWS)
     assert all(name == row.name for name, row in ROWS.items())
