@@ -8,6 +8,7 @@ addition are two). Time is taken from a short calibration with random weights on
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from .distill import load_source
 from .inputs import fill_randomly, random_inputs
 from .memory import Memory, candidates, memory_error, run_memory
 
+#: Bytes per second and process of a ring, assumed: eight A100 with NVLink, and Ethernet between machines.
+WITHIN_MACHINE, BETWEEN_MACHINES = 230e9, 25e9 / 8
 #: A backward pass has two products for each one of the forward pass.
 TRAINED = 3
 
@@ -194,13 +197,33 @@ def estimate(
     rate = cost.flops_per_trajectory * config.total_images / processes / length
     size = sum(p.numel() for p in net.parameters())
     how = "" if calibration.is_measured else ", taken to be half that of a matrix product"
+    steps = config.total_images / config.batch * cost.student
+    averaging = ""
+    if processes > 1 and device.type == "cuda":
+        averaging = describe_averaging(4 * size, config.grad_compression, processes, length / steps)
     return (
         f"Network: {format_count(size)} parameters, {format_count(cost.flops)}FLOP for an evaluation\n"
         f"Trajectory: {cost.teacher:g} evaluations of the teacher, {cost.student:g} of the student with gradients, "
         f"{format_count(cost.flops_per_trajectory)}FLOP\n"
         f"Memory: {_describe_memory(memory, micro)}\n"
         f"Time: about {format_duration(length)} on {processes}× {device.type} in {config.precision} "
-        f"({format_count(rate)}FLOP/s each{how}), without pictures and start, if nothing else runs"
+        f"({format_count(rate)}FLOP/s each{how}), without pictures and start, if nothing else runs{averaging}"
+    )
+
+
+def averaging_seconds(size: float, processes: int, machines: int = 1) -> float:
+    """Seconds that a ring takes, on paper, to average `size` bytes: 2 (n − 1) / n of them leave each process."""
+    return 2 * (processes - 1) / processes * size / (BETWEEN_MACHINES if machines > 1 else WITHIN_MACHINE)
+
+
+def describe_averaging(gradients: float, compression: str, processes: int, step: float) -> str:
+    """A line on what averaging so many bytes of float32 gradients adds to an optimizer step of `step` seconds."""
+    machines = int(os.environ.get("NNODES", "1"))  # of launch.sh
+    seconds = averaging_seconds(gradients / (1 if compression == "none" else 2), processes, machines)
+    link = "25 Gb/s between machines" if machines > 1 else "NVLink"
+    return (
+        f"\nGradients: {format_count(gradients)}B averaged in each step add about {seconds * 1000:.3g} ms to "
+        f"{step * 1000:.3g}, on paper ({link})"
     )
 
 

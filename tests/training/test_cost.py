@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import pytest
 import torch
 from tiny import invoke, newest_student, only_run, same, teacher, train_flags, weights
 
@@ -12,6 +13,7 @@ from models.networks.layers import Conv2d
 from models.registry import get_row
 from training import cost
 from training.config import DistillConfig
+from training.cost import averaging_seconds, describe_averaging
 
 TINY = dict(img_resolution=16, img_channels=3, model_type="SongUNet", model_channels=16, channel_mult=[1, 2],
             num_blocks=1, attn_resolutions=[8])  # fmt: skip
@@ -87,3 +89,22 @@ def test_the_largest_micro_batch_of_a_cpu_is_the_whole_share(tmp_path):
     assert "micro-batch 8 of 8" in auto.output and "micro-batch 8 of 8" in plain.output
     students = [weights(newest_student(only_run(tmp_path / name))) for name in ("auto", "plain")]
     assert same(*students)
+
+
+# --- Several processes, on paper -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parameters, within, between", [(55.7e6, 1.7, 134), (295.9e6, 9.0, 710), (859.5e6, 26.2, 2063)]
+)
+def test_averaging_takes_what_the_page_on_speed_says(parameters, within, between):
+    assert 1000 * averaging_seconds(4 * parameters, 8) == pytest.approx(within, rel=0.03)
+    assert 1000 * averaging_seconds(4 * parameters, 16, machines=2) == pytest.approx(between, rel=0.003)
+    assert averaging_seconds(4 * parameters, 1) == 0
+
+
+def test_averaging_in_half_of_the_bytes_takes_half_of_the_time(monkeypatch):
+    monkeypatch.setenv("NNODES", "2")
+    lines = [describe_averaging(4 * 55.7e6, how, 16, 0.051) for how in ("none", "bf16")]
+    assert "222.80 MB averaged in each step add about 134 ms to 51, on paper (25 Gb/s" in lines[0]
+    assert "about 66.8 ms" in lines[1]
