@@ -161,7 +161,7 @@ class _Part:
     def origin(self) -> dict[str, Any]:
         try:
             origin = json.loads(self._note.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return origin if isinstance(origin, dict) else {}
 

@@ -20,6 +20,8 @@ from .diffusers_precond import DiffusersPrecond
 from .diffusers_space import AnySpace, FolderSpace, read_space
 from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
+from .networks.autoencoders import INSTALL_TAMING
+from .networks.clip_text import INSTALL_TRANSFORMERS
 from .networks.edm2_unet import EDM2UNet
 from .networks.guided_unet import GuidedUNet
 from .networks.layers import freeze
@@ -287,10 +289,19 @@ def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond
 
 def read_published(row: DatasetSpec, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a row's published file under its names, and the file; or those of the user's `own` model."""
+    need_packages(row)
     if own is not None:
         return read_stable_diffusion(own, row_config(row)), own
     path = fetch_weights(row)
     return read_checkpoint(path), path
+
+
+def need_packages(row: DatasetSpec) -> None:
+    """Find that a package is missing before gigabytes are fetched for it; a UserError says how to install it."""
+    if row.text:
+        need("transformers", INSTALL_TRANSFORMERS)
+    if row.codec == "vq-f4":
+        need("taming.modules.vqvae.quantize", INSTALL_TAMING)
 
 
 def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +16,6 @@ from torch_utils.random import stacked_randint
 
 from .model import DiffusionModel
 from .registry import fetch_captions
-
-if TYPE_CHECKING:
-    from .sampling import SamplerOptions
 
 
 def read_prompts(path: PathLike) -> list[str]:
@@ -81,21 +77,26 @@ def captions_by_seed() -> Prompts:
     return Prompts(read_prompts(fetch_captions()), drawn=True)
 
 
-def choose_prompts(model: DiffusionModel, options: SamplerOptions) -> Prompts | None:
-    """The captions that a command line asks for: one, those of a file, or by seed; None for a model without text.
+def given_prompts(prompt: str | None, path: PathLike | None) -> Prompts | None:
+    """The captions that somebody gives, one or a file of them; None for neither.
 
     Raises:
-        UserError: captions for a model without text, a file of them that cannot be used, or both ways of giving them.
+        UserError: both, or a file that cannot be used.
     """
-    if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
-        raise UserError(f"{options.guidance_rate} is not a finite number; give one", "guidance_rate")
-    if not model.has_text:
-        model.check_prompt(options.prompt)
-        if options.prompts is not None:
-            raise UserError(f"{model.dataset_name} has no text; this is for a model that has (ms_coco)", "prompts")
-        return None
-    if options.prompt is not None and options.prompts is not None:
+    if prompt is not None and path is not None:
         raise UserError("one caption and a file of captions were given; leave one of them out", "prompts")
-    if options.prompt is not None:
-        return Prompts([options.prompt])
-    return captions_by_seed() if options.prompts is None else Prompts(read_prompts(options.prompts))
+    if prompt is not None:
+        return Prompts([prompt])
+    return None if path is None else Prompts(read_prompts(path))
+
+
+def prompts_for(model: DiffusionModel, given: Prompts | None = None) -> Prompts | None:
+    """Captions for a text-conditioned model: those `given`, else by seed; None for a model without text.
+
+    Raises:
+        UserError: captions for a model without text.
+    """
+    if model.has_text:
+        return captions_by_seed() if given is None else given
+    model.check_prompt(None if given is None else given.texts[0])
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from .loading import (
     read_sampling,
 )
 from .model import VARIABLE_STEPS, DiffusionModel, Given, SamplingSettings, Student
-from .prompts import Prompts, choose_prompts
+from .prompts import Prompts, given_prompts, prompts_for
 from .registry import get_row
 
 #: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.
@@ -319,6 +320,9 @@ def open_sampler(
     Raises:
         UserError: whatever does not fit together.
     """
+    captions = given_prompts(options.prompt, options.prompts)  # before anything is fetched
+    if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
+        raise UserError(f"{options.guidance_rate} is not a finite number; give one", "guidance_rate")
     path = _model_file(model_path)
     if path is None or is_teacher_file(path):
         if dataset_name is not None:
@@ -326,7 +330,7 @@ def open_sampler(
         if teacher_path is not None:
             raise UserError("is for a student, and model_path is a teacher", "teacher_path")
         model = load_teacher(dataset_name, path, device, options.guide)
-        prompts = choose_prompts(model, options)
+        prompts = prompts_for(model, captions)
         sampler = teacher_sampler(model, options, prompts)
         effective = TeacherOptions.of(options)
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
@@ -336,7 +340,7 @@ def open_sampler(
     else:
         model = load_student(path, device, teacher_path)
         _check_student(model.sampling, dataset_name, options)
-        prompts = choose_prompts(model, options)
+        prompts = prompts_for(model, captions)
         sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
         # Snapshots have the same names in every run, so the name of the run comes with it.
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"

@@ -95,6 +95,11 @@ class ImageWriter:
             held.close()
         return None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there was such an archive already, so that nothing is written."""
+        return self._complete is not None
+
     def _read_archive(self) -> list[str]:
         """Names of the images in an archive that is there; its comment says how they were made."""
         try:
@@ -195,7 +200,7 @@ class ImageWriter:
         self.flush()
         self._pool.shutdown()
         distributed.barrier()
-        if self.zipped and self._complete is None:
+        if self.zipped and not self.is_complete:
             distributed.on_first_rank(lambda: self._archive(seeds, labels))
         if self._held is not None:
             self._held.close()

@@ -435,9 +435,13 @@ def main(source: Path, dest: Path, max_images: int | None, labels: str, split: s
     if opts["dry_run"]:
         return click.echo(json.dumps(plan, indent=2))
     made_of = {k: v for k, v in plan.items() if k != "dest"} | {"digest": pictures.digest(), "labels": labels}
-    kept = write_archive(pictures, count, conversion, ImageWriter(dest, False, json.loads(json.dumps(made_of))))
+    writer = ImageWriter(dest, False, json.loads(json.dumps(made_of)))
+    kept = write_archive(pictures, count, conversion, writer)
     left_out = f"; {count - kept} were too small" if kept < count else ""
-    click.echo(f"Wrote {kept} images, {classes or 'no'} classes, to {dest}{left_out}")
+    done = "There already:" if writer.is_complete else "Wrote"
+    click.echo(
+        f"{done} {kept} images, {classes or 'no'} classes, {'in' if writer.is_complete else 'to'} {dest}{left_out}"
+    )
 
 
 if __name__ == "__main__":

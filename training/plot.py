@@ -24,8 +24,8 @@ from torch import Tensor
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import Command, Whole, device_option, offline_option, section
 from models.loading import find_student, load_student
-from models.prompts import choose_prompts
-from models.sampling import SamplerOptions, draw_latents, student_sampler
+from models.prompts import prompts_for
+from models.sampling import draw_latents, student_sampler
 from solvers import Callback
 from torch_utils.device import configure_backends, pick_device
 
@@ -143,7 +143,7 @@ def trace(
     if teacher_path is not None and not config.is_second_stage:
         config = replace(config, model_path=student.sampling.teacher_path)
     sampler = student_sampler(student, num_steps, guidance_rate=1)
-    prompts = choose_prompts(student, SamplerOptions())
+    prompts = prompts_for(student)
     teacher = Teacher(load_source(config, device), config, student.sampling)
     x, cond = draw_latents(student, range(count), prompts=prompts)
     dense = visited(lambda callback: teacher.trajectory(x, cond, len(sampler.sigmas), callback)[-1])

@@ -37,6 +37,7 @@ VIT_L_14: dict[str, Any] = dict(
     bos_token_id=49406,
     eos_token_id=49407,
 )
+INSTALL_TRANSFORMERS = "pip install transformers"
 BATCH = 32
 #: Conditions that are kept, 0.24 MB each for CLIP ViT-L/14.
 KEPT = 2048
@@ -105,7 +106,7 @@ class TextEncoder:
 
 
 def _transformers() -> Any:
-    return need("transformers", "pip install transformers")
+    return need("transformers", INSTALL_TRANSFORMERS)
 
 
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> Any:

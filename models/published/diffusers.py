@@ -120,7 +120,7 @@ def _check_folder(folder: Path, config: Mapping[str, Any]) -> None:
         "scheduler/scheduler_config.json": {
             "prediction_type": "epsilon", "beta_schedule": "scaled_linear", "beta_start": network["linear_start"],
             "beta_end": network["linear_end"], "num_train_timesteps": network.get("timesteps", 1000),
-            "trained_betas": None,
+            "trained_betas": None, "rescale_betas_zero_snr": False,
         },
     }  # fmt: skip
     for name, values in expected.items():
@@ -133,10 +133,10 @@ def _check_folder(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe, say, would be waited for
+        raise UserError(f"{path} is missing; expected a complete folder of diffusers")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} is missing; expected a complete folder of diffusers") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

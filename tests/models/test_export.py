@@ -282,6 +282,7 @@ def _damage(folder: Path, part: str, **changes: Any) -> None:
     [
         (lambda f: _damage(f, "scheduler", prediction_type="v_prediction"), "prediction_type v_prediction, expected eps"),
         (lambda f: _damage(f, "scheduler", trained_betas=[0.1]), "trained_betas"),
+        (lambda f: _damage(f, "scheduler", rescale_betas_zero_snr=True), "rescale_betas_zero_snr True, expected False"),
         (lambda f: _damage(f, "unet", attention_head_dim=8), "attention_head_dim 8, expected 4"),
         (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("[" * 9999), "not a JSON object"),
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "holds no diffusion_pytorch_model"),

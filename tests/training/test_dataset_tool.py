@@ -252,7 +252,8 @@ def test_a_killed_conversion_goes_on_and_leaves_no_half_archive(tmp_path):
     tool(data, dest="y.zip", resolution=4).ok()
     with zipfile.ZipFile("x.zip") as one, zipfile.ZipFile("y.zip") as two:
         assert [(n, one.read(n)) for n in one.namelist()] == [(n, two.read(n)) for n in two.namelist()]
-    tool(data, dest="x.zip", resolution=4).refused("x.zip already exists")
+    assert "There already: 12 images" in tool(data, dest="x.zip", resolution=4).ok().output
+    tool(data, dest="x.zip", resolution=8).refused("x.zip already exists, made otherwise")
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -40,6 +40,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 #: Files that somebody may take for images of the set; they are counted in a remark.
 OTHER_IMAGES = (".avif", ".gif", ".heic", ".jxl", ".npy", ".pgm", ".ppm", ".tif", ".tiff")
 LABELS = "dataset.json"
+#: A class is a number below this; a larger one is a mistake that would make labels fill the memory.
+MAX_CLASSES = 1_000_000
 #: Bytes that one file in an archive may unpack to.
 MOST_BYTES = 1 << 28
 #: What Pillow raises on an image that is damaged, or larger than anybody needs.
@@ -386,4 +388,4 @@ def _is_label(entry: Any) -> bool:
     if not isinstance(entry, list) or len(entry) != 2:
         return False
     name, label = entry
-    return isinstance(name, str) and type(label) is int and 0 <= label < 2**31
+    return isinstance(name, str) and type(label) is int and 0 <= label < MAX_CLASSES
