@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -13,142 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, first_line, need, sha256_of
+from dnnlib import UserError, need, sha256_of
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
+from .building import build_network, describe_network, highest_sigma, network_spec, row_config
 from .diffusers_precond import DiffusersPrecond
 from .diffusers_space import AnySpace, FolderSpace, read_space
 from .latent import LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
 from .networks.autoencoders import INSTALL_TAMING
 from .networks.clip_text import INSTALL_TRANSFORMERS
-from .networks.edm2_unet import EDM2UNet
-from .networks.guided_unet import GuidedUNet
 from .networks.layers import freeze
 from .noise import HIGHEST, DiscreteNoise
-from .precond import NETWORKS, PRECONDITIONERS, CFGPrecond, EDM2Precond, EDMPrecond, Precond
+from .precond import CFGPrecond, Precond
 from .published.diffusers import is_folder, is_stable_diffusion, read_stable_diffusion
 from .published.diffusers_folder import folder_digest, open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
-from .published.state_dicts import FIRST_STAGE, TEXT, UNET
+from .published.state_dicts import AVERAGE, FIRST_STAGE, IGNORED, TEXT, UNET
 from .published.torch_checkpoint import read_checkpoint
 from .registry import ROWS, DatasetSpec, fetch_weights, get_row
-
-#: The denoisers that a file may describe.
-DENOISERS: dict[str, type[Precond]] = {**PRECONDITIONERS, DiffusersPrecond.__name__: DiffusersPrecond}
 
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
 #: What `training.pretrain` leaves in its run directory.
 TEACHER_FILE = "teacher.safetensors"
-CONFIGS = Path(__file__).parent / "configs"
-
-#: Ranges of numbers in a network's description: outside, it would take for ever to build, or mean nothing. Where the
-#: lower end is an integer, the number is one.
-RANGES = {
-    "sigma_data": (1e-6, 1e3), "dropout": (0.0, 1), "label_dropout": (0.0, 1), "linear_start": (1e-8, 0.999),
-    "linear_end": (1e-8, 0.999), "timesteps": (2, 100_000), "num_res_blocks": (1, 16), "transformer_depth": (1, 16),
-    "img_resolution": (1, 1 << 14), "img_channels": (1, 1 << 12), "label_dim": (0, 1_000_000), "num_blocks": (1, 64),
-    "model_channels": (1, 1 << 14), "label_balance": (0.0, 1), "concat_balance": (0.0, 1), "res_balance": (0.0, 1),
-    "attn_balance": (0.0, 1), "clip_act": (1e-3, 1e9),
-}  # fmt: skip
-
-# How tensors of the moving average are named in the files of latent diffusion: without any dot of their own.
-EMA = "model_ema.diffusion_model"
-#: What they hold besides: counters of the moving average, and the noise schedule, which follows from the settings.
-IGNORED = {
-    "model_ema.decay", "model_ema.num_updates", "betas", "alphas_cumprod", "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-}  # fmt: skip
-
-
-def build_network(spec: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Precond:
-    """The network that `spec` (`class` and constructor arguments) describes, with `tensors` as its weights.
-
-    It is built without memory first, so that a file whose settings ask for more than its tensors hold is refused
-    before anything is allocated.
-    """
-    net = _describe_network(spec, source)
-    check_state_dict(net.state_dict(), tensors, source)
-    net.load_state_dict(tensors, assign=True)
-    return net.eval()
-
-
-def _describe_network(spec: Mapping[str, Any], source: str) -> Precond:
-    """The network on the meta device; a description that is none is one clear line."""
-    arguments = {name: value for name, value in spec.items() if name != "class"}
-    name = spec.get("class")
-    if not isinstance(name, str) or name not in DENOISERS:
-        raise UserError(
-            f"{source} holds a network of class {first_line(repr(name), 40)}; expected {', '.join(DENOISERS)}"
-        )
-    _check_arguments(DENOISERS[name], arguments, source)
-    try:
-        with torch.device("meta"):
-            return DENOISERS[name](**arguments)
-    except UserError as error:
-        raise UserError(f"{source} describes a network that is not covered: {error.message}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{source} describes a network that cannot be built ({first_line(error)})") from None
-
-
-def _check_arguments(cls: type[Precond], arguments: dict[str, Any], source: str) -> None:
-    """Refuse unknown arguments, and counts that would take for ever to build."""
-    known = set(inspect.signature(cls).parameters)
-    raw = {EDMPrecond: tuple(NETWORKS.values()), EDM2Precond: (EDM2UNet,)}
-    for network in raw.get(cls, (GuidedUNet,)):
-        known |= set(inspect.signature(network).parameters)
-    unknown = set(arguments) - known
-    if unknown:
-        names = first_line(", ".join(sorted(unknown)))
-        raise UserError(f"{source} describes a network with unknown arguments: {names}")
-    for name, (lowest, highest) in RANGES.items():
-        value = arguments.get(name, lowest)
-        types = (int,) if isinstance(lowest, int) else (int, float)
-        if type(value) not in types or not lowest <= value <= highest:
-            found = first_line(repr(value), 60)
-            raise UserError(f"{source} describes a network with {name} {found}; expected {lowest:g} to {highest:g}")
-    levels = arguments.get("channel_mult", [])
-    if not isinstance(levels, (list, tuple)) or len(levels) > 16:
-        found = first_line(repr(levels), 60)
-        raise UserError(f"{source} describes a network with channel_mult {found}; expected a list of up to 16 numbers")
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """What `models/configs/NAME.yaml` (or a YAML file elsewhere) says of a published model.
-
-    `network` is the network's class and constructor arguments; latent models have `first_stage` too.
-    """
-    yaml: Any = need("omegaconf", "pip install omegaconf").OmegaConf
-    path = CONFIGS / name
-    config: Any = yaml.to_container(yaml.load(path if path.suffix else path.with_suffix(".yaml")), resolve=True)
-    return config
-
-
-def row_config(row: DatasetSpec) -> dict[str, Any]:
-    """What `models/configs` says of a row whose file does not describe itself."""
-    if row.config is None:
-        raise ValueError(f"{row.name} has no file in models/configs")
-    return read_config(row.config)
-
-
-def build_on_meta(row: DatasetSpec) -> Precond:
-    """The network of a row without memory: names, shapes and operations, no values."""
-    spec = (read_settings(row.path) if row.config is None else read_config(row.config))["network"]
-    return _describe_network(spec, row.name)
-
-
-def highest_sigma(row: DatasetSpec, net: Precond) -> float:
-    """Where sampling starts: the row's σ_max or, where it has none, the largest noise level that its network knows."""
-    if row.sigma_max is not None:
-        return row.sigma_max
-    if net.noise_schedule is None:
-        raise ValueError(f"{row.name} has neither a sigma_max nor a noise schedule")
-    return net.noise_schedule.sigma_max
 
 
 def load_teacher(
@@ -323,7 +212,7 @@ def _check_there(path: str, source: str) -> None:
 
 def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Precond:
     """The network of a bare state dict."""
-    net = _describe_network(spec, str(path))
+    net = describe_network(spec, str(path))
     check_state_dict(net.model.state_dict(), tensors, path)
     net.model.load_state_dict(_float32(tensors), assign=True)
     return net
@@ -331,11 +220,11 @@ def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], p
 
 def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> Precond:
     """The network of a latent-diffusion checkpoint: its moving average, where the file has one."""
-    net = _describe_network(spec, str(path))
+    net = describe_network(spec, str(path))
     expected = net.model.state_dict()
-    averages = {name: EMA + name.replace(".", "") for name in expected}
+    averages = {name: AVERAGE + name.replace(".", "") for name in expected}
     published = {UNET + name: tensor for name, tensor in expected.items()}
-    has_average = any(name.startswith(EMA) for name in tensors)
+    has_average = any(name.startswith(AVERAGE) for name in tensors)
     if has_average:
         published |= {averages[name]: tensor for name, tensor in expected.items()}
     check_state_dict(published, {name: t for name, t in tensors.items() if name not in IGNORED}, path)
@@ -412,11 +301,6 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student
     net.freeze_unused()
     net.normalize_weights()
     return Student(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
-
-
-def network_spec(net: Precond) -> dict[str, Any]:
-    """What `build_network` needs to know besides the weights."""
-    return {"class": type(net).__name__, **net.init_kwargs}
 
 
 def save_student(path: str | Path, student: Student, training: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib import one_line_errors
-from models.loading import network_spec
+from models.building import network_spec
 from models.model import SamplingSettings
 from models.precond import EDMPrecond
 from models.registry import ROWS, DatasetSpec

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from dnnlib import format_count, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, Whole, device_option, precision_option, section
+from models.building import build_on_meta, highest_sigma, row_config
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
-from models.loading import build_on_meta, highest_sigma, make_student, row_config
+from models.loading import make_student
 from models.model import DiffusionModel, Given
 from models.networks.autoencoders import AUTOENCODERS
 from models.networks.layers import freeze

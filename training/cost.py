@@ -20,7 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, format_duration
-from models.loading import build_on_meta, read_guide
+from models.building import build_on_meta
+from models.loading import read_guide
 from models.model import SamplingSettings
 from models.networks.layers import freeze
 from models.precond import Precond

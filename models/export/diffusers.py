@@ -30,7 +30,8 @@ from torch import Tensor
 
 from dnnlib import UserError, make_folder, write_text
 
-from ..loading import own_latent_space, read_published, row_config
+from ..building import row_config
+from ..loading import own_latent_space, read_published
 from ..networks.clip_text import TOKENIZER_FILES, VIT_L_14, find_tokenizer
 from ..precond import CFGPrecond
 from ..published.diffusers import POSITIONS, SUFFIXES, WEIGHTS, read_json

@@ -16,9 +16,9 @@ from dnnlib import UserError, make_folder, replacing
 from solvers import solve
 from torch_utils.device import plain_operations
 
+from ..building import row_config
 from ..diffusers_precond import DiffusersPrecond
 from ..guidance import Denoiser, guided
-from ..loading import row_config
 from ..noise import TableNoise
 from ..registry import get_row
 from .student import OpenedStudent

@@ -29,10 +29,8 @@ from torch import Tensor
 
 from dnnlib import UserError
 
+from .pickle_globals import FUNCTIONS, NUMPY_ARRAY, STORAGE_DTYPES, refuse_global
 from .pickle_machine import (
-    FUNCTIONS,
-    NUMPY_ARRAY,
-    STORAGE_DTYPES,
     ArrayRecord,
     Budget,
     ClassRecord,
@@ -42,7 +40,6 @@ from .pickle_machine import (
     Refused,
     TensorRecord,
     map_file,
-    refuse_global,
     shown,
 )
 

@@ -13,6 +13,15 @@ from torch import Tensor
 
 #: Prefixes of the parts of a latent-diffusion checkpoint.
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+#: How tensors of the moving average are named in the files of latent diffusion: without any dot of their own.
+AVERAGE = "model_ema.diffusion_model"
+#: What they hold besides: counters of the moving average, and the noise schedule, which follows from the settings.
+IGNORED = {
+    "model_ema.decay", "model_ema.num_updates", "betas", "alphas_cumprod", "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+}  # fmt: skip
 
 # From published names of layers to those of diffusers.
 RESIDUAL = {

@@ -9,7 +9,7 @@ from typing import Any
 from dnnlib import UserError
 from dnnlib.download import cache_dir, derive, fetch
 
-from ..published.torch_checkpoint import extract_member
+from ..published.archives import extract_member
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"

@@ -20,7 +20,7 @@ from dnnlib import format_count, one_line_errors
 from dnnlib.options import Command, section
 from torch_utils.device import plain_operations
 
-from ..loading import build_on_meta
+from ..building import build_on_meta
 from ..networks.clip_text import VIT_L_14
 from . import ROWS, DatasetSpec
 

@@ -12,7 +12,7 @@ from tiny import SAMPLE, flags, invoke, only_run, png_names, same, train_flags
 
 from dnnlib import UserError
 from models import load_student, load_teacher
-from models.loading import build_on_meta
+from models.building import build_on_meta
 from models.noise import DiscreteNoise
 from models.precond import ADMPrecond, ConsistencyPrecond
 from models.registry import ROWS

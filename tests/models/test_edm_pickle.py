@@ -32,7 +32,7 @@ from torch import nn
 
 from dnnlib import UserError
 from models import EDM2Precond, EDMPrecond
-from models.loading import build_network
+from models.building import build_network
 from models.published.edm_pickle import LatentScale, read_edm_pickle
 from models.published.pickle_machine import MAX_STEPS
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from golden_files import GOLDEN, Golden
 
+from models.building import build_on_meta
 from models.guidance import guided
-from models.loading import build_on_meta
 from models.networks.guided_unet import GuidedUNet
 from models.noise import DiscreteNoise
 from models.precond import CFGPrecond, ConsistencyPrecond

@@ -14,7 +14,7 @@ from tiny import class_teacher, flags, invoke, student, tiny_network
 
 from dnnlib import UserError
 from models import load_student, load_teacher
-from models.loading import network_spec
+from models.building import network_spec
 from models.precond import ADMPrecond, ConsistencyPrecond, EDM2Precond
 from models.sampling import draw_latents
 from torch_utils.checkpoint import read_network

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels import KernelCounter
 
-from models.loading import build_on_meta
+from models.building import build_on_meta
 from models.networks.group_norm import GroupNormFunction
 from models.networks.layers import freeze
 from models.registry import get_row

@@ -39,16 +39,9 @@ from tiny import (
 
 from dnnlib import UserError
 from models import load_student, load_teacher, sampling
+from models.building import build_network, build_on_meta, network_spec, read_config
 from models.latent import LatentSpace
-from models.loading import (
-    _latent_network,
-    build_network,
-    build_on_meta,
-    make_student,
-    network_spec,
-    read_config,
-    save_student,
-)
+from models.loading import _latent_network, make_student, save_student
 from models.model import SamplingSettings
 from models.networks.autoencoders import AUTOENCODERS
 from models.precond import CFGPrecond, EDMPrecond

@@ -14,7 +14,7 @@ from golden_files import GOLDEN
 
 from dnnlib import UserError, download, sha256_of
 from models import prefetch
-from models.loading import build_on_meta
+from models.building import build_on_meta
 from models.published.torch_checkpoint import read_checkpoint
 from models.registry import CAPTIONS_URL, ROWS, DatasetSpec, fetch_captions, fetch_weights, get_row
 from models.registry.__main__ import measure, table

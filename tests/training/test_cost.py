@@ -8,7 +8,7 @@ import torch
 from tiny import invoke, newest_student, only_run, same, teacher, train_flags, weights
 
 from models import EDMPrecond
-from models.loading import build_on_meta
+from models.building import build_on_meta
 from models.networks.layers import Conv2d
 from models.registry import get_row
 from training import cost

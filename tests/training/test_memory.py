@@ -8,7 +8,7 @@ from test_distill import make_distiller
 from test_guided_unet import TINY
 
 from dnnlib import UserError
-from models.loading import build_on_meta
+from models.building import build_on_meta
 from models.precond import CFGPrecond
 from models.registry import get_row
 from training import cost, memory
