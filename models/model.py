@@ -205,10 +205,10 @@ class DiffusionModel(nn.Module):
             has = f"classes 0 to {self.label_dim - 1}" if self.label_dim else "no classes"
             raise UserError(f"{self.dataset_name} has {has}, so class {index} cannot be asked for", "class_index")
 
-    def check_prompt(self, prompt: str | None) -> None:
+    def check_prompt(self, prompt: str | None, about: str = "prompt") -> None:
         """Refuse a caption for a model that takes none."""
         if prompt is not None and not self.has_text:
-            raise UserError(f"{self.dataset_name} has no text; a caption is for a model that has (ms_coco)", "prompt")
+            raise UserError(f"{self.dataset_name} has no text; a caption is for a model that has (ms_coco)", about)
 
     def check_guidance(self, rate: float) -> None:
         """Refuse guidance of a model that has nothing to be guided by."""

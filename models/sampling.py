@@ -330,7 +330,7 @@ def open_sampler(
         if teacher_path is not None:
             raise UserError("is for a student, and model_path is a teacher", "teacher_path")
         model = load_teacher(dataset_name, path, device, options.guide)
-        prompts = prompts_for(model, captions)
+        prompts = prompts_for(model, captions, "prompt" if options.prompts is None else "prompts")
         sampler = teacher_sampler(model, options, prompts)
         effective = TeacherOptions.of(options)
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
@@ -340,7 +340,7 @@ def open_sampler(
     else:
         model = load_student(path, device, teacher_path)
         _check_student(model.sampling, dataset_name, options)
-        prompts = prompts_for(model, captions)
+        prompts = prompts_for(model, captions, "prompt" if options.prompts is None else "prompts")
         sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
         # Snapshots have the same names in every run, so the name of the run comes with it.
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"
