@@ -123,13 +123,13 @@ def test_inception_comes_from_the_published_places(inception_file, monkeypatch):
     dnnlib_download = pytest.importorskip("dnnlib.download")
     asked = {}
 
-    def fetch(urls, dest, sha256=None, offline=None):
-        asked.update(urls=urls, sha256=sha256)
+    def fetch(urls, dest, sha256=None, offline=None, size=None):
+        asked.update(urls=urls, sha256=sha256, size=size)
         return inception_file
 
     monkeypatch.setattr(dnnlib_download, "fetch", fetch)
     load_detector("inception")
-    assert asked["sha256"] == "6726825d" and len(asked["urls"]) == 2
+    assert (asked["sha256"], asked["size"], len(asked["urls"])) == ("6726825d", 95_628_359, 2)
     assert all("6726825d.pth" in url for url in asked["urls"])
 
 

@@ -229,7 +229,7 @@ def test_context_and_labels_where_they_do_not_belong():
     for arguments in ({}, {"class_labels": torch.ones(2, 3), "condition": text}):
         with pytest.raises(ValueError, match="takes a condition and no labels"):
             net(x, 1.0, **arguments)
-    with pytest.raises(ValueError, match="needs a context, another one takes none"):
+    with pytest.raises(ValueError, match="needs a condition, another one takes none"):
         GuidedUNet(**TINY)(torch.randn(1, 3, 8, 8), torch.tensor([1.0]), text[:1])
 
 
