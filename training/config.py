@@ -294,13 +294,18 @@ def settle(config: DistillConfig) -> DistillConfig:
     if source is not None:
         config = follow_teacher(config, source)
     if config.guide is not None:
-        config = replace(config, guide=os.path.abspath(config.guide))
+        config = replace(config, guide=absolute(config.guide))
     if config.model_path is None:
         return config
     path = find_model(config.model_path) if source is None else find_student(config.model_path)
     if not path.exists():
         return config  # the loader says what is expected there
-    return replace(config, model_path=os.path.abspath(path), teacher_sha256=digest_of(path))
+    return replace(config, model_path=absolute(path), teacher_sha256=digest_of(path))
+
+
+def absolute(path: str | Path) -> str:
+    """The path from the root, unless a folder on the way may not be entered, which a relative path need not."""
+    return os.path.abspath(path) if os.path.exists(os.path.abspath(path)) else str(path)
 
 
 def describe(config: DistillConfig, where: str) -> str:

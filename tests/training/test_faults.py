@@ -780,7 +780,7 @@ def contents(folder):
 
 
 def stop_sampling():
-    at_call("models.sampling:Sampler.images", 2, raise_signal(signal.SIGTERM))
+    at_call("torch_utils.image_writer:ImageWriter.write", 2, raise_signal(signal.SIGTERM))
 
 
 def test_stopped_sampling_goes_on_with_what_is_missing(tmp_path):
