@@ -332,7 +332,7 @@ def train_defaults() -> dict:
     ({"num_res_blocks": 10**6}, "num_res_blocks 1000000"),
     ({"transformer_depth": 10**6}, "transformer_depth 1000000"),
     ({"transformer_depth": 2}, "missing model.input_blocks"),
-    ({"channel_mult": [1] * 40}, "unusable network"),
+    ({"channel_mult": [1] * 40}, "expected a list of up to 16 numbers"),
     ({"channel_mult": []}, "cannot be built"),
     ({"attention_resolutions": 2}, "cannot be built"),
     ({"img_resolution": 10**9}, "img_resolution 1000000000"),
