@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_help import COMMANDS
 from test_help import folder as folder  # a fixture
-from tiny import ROOT, invoke, seven_steps
+from tiny import ROOT, invoke, seven_steps, student
 
 ROOMS = ("dnnlib", "torch_utils", "solvers", "models", "training")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -130,6 +130,13 @@ def test_commands_of_a_page_are_understood(page, folder, monkeypatch):
         else:
             COMMANDS[name].make_context(name, rest[name.count(" ") :])
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_python_of_the_readme_runs():
+    code = re.search(r"^```python\n(.+?)^```", PAGES[0].read_text(encoding="utf-8"), re.M | re.S)[1]
+    found: dict = {}
+    exec(re.sub(r'"exps/[^"]+"', repr(str(student())), code), found)
+    assert found["images"].shape == (64, 8, 8, 3) and found["images"].dtype == "uint8"
 
 
 def anchors(page: Path) -> set[str]:
