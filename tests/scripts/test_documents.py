@@ -160,6 +160,6 @@ def test_links_lead_somewhere(page):
 def test_flags_that_a_page_names_exist(name):
     known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     known |= {"--help", "--slow", "--standalone", "--nproc_per_node", "--no-deps", "--max-restarts"}  # of others
-    known |= {"--num", "--numa-binding", "--precond", "--index-url"}
+    known |= {"--num", "--numa-binding", "--precond", "--index-url", "--check", "--write"}
     named = {flag.rstrip("=") for flag in re.findall(r"(?<![\w-])(--[A-Za-z][\w-]+)", read(name))}
     assert named <= known, named - known
