@@ -18,7 +18,7 @@ from models.registry import ROWS
 DRIVE = Path(__file__).parents[1] / "fake_cuda"
 PUBLISHED = [name for name, row in ROWS.items() if row.loader != "embedded"]
 #: At most so many kernels in a step of the student with its optimizer, and in an evaluation of the teacher.
-STEP, EVALUATION = 3200, 1200
+STEP, EVALUATION = 4000, 1200
 
 
 @pytest.fixture(scope="module")
