@@ -4,10 +4,14 @@ EDM's objective (Karras et al. 2022, table 1 and equation 8): with σ = exp(P_me
 
     E [ (σ² + σ_d²) / (σ σ_d)² · ‖D(y + n; σ) − y‖² ]
 
-minimised by Adam or Muon. The learning rate is constant after a warm-up and falls linearly to zero over the last part
-of the run, so that a run can be prolonged by the same command with a larger `--kimg`. All random numbers of an
-iteration derive from (seed, iteration): a run that was stopped and started again ends with the weights of an
-uninterrupted one.
+minimised by Adam or Muon. EDM2's networks estimate the log variance u(σ) of what is left of it, and minimise
+
+    E [ e^{−u(σ)} (σ² + σ_d²) / (σ σ_d)² · ‖D(y + n; σ) − y‖² / dim + u(σ) ]
+
+(arXiv 2312.02696); their weights are normalised after each step. The learning rate is constant after a warm-up and
+falls linearly to zero over the last part of the run, so that a run can be prolonged by the same command with a larger
+`--kimg`. All random numbers of an iteration derive from (seed, iteration): a run that was stopped and started again
+ends with the weights of an uninterrupted one.
 
 The weights kept are averages θ̂ over the iterations t so far, weighted by t^γ (Karras et al. 2024, arXiv 2312.02696,
 section 3.1). Such a profile has a relative width, the standard deviation of its weights in units of the run's length,
@@ -24,6 +28,7 @@ import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,7 +43,7 @@ from torch import Tensor
 from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
 from dnnlib.options import SEED, Command, Real, Whole, device_option, precision_option, section
 from dnnlib.progress import progress
-from models.precond import EDMPrecond
+from models.precond import EDM2Precond, EDMPrecond
 from torch_utils.checkpoint import (
     read_network,
     read_settings,
@@ -68,7 +73,7 @@ class PretrainConfig:
 
     Attributes:
         data: path of the images.
-        network: arguments of `EDMPrecond`.
+        network: arguments of `EDMPrecond`, or of the `class` that it names.
         kimg, warmup_kimg, snap_kimg: thousands of images.
         optimizer: `adam` or `muon`.
         decay: last part of the run, over which the learning rate falls to zero.
@@ -98,13 +103,33 @@ class PretrainConfig:
         return json.loads(json.dumps(asdict(self)))
 
 
-def edm_loss(net: EDMPrecond, images: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
-    """EDM's weighted denoising loss, mean over everything, for images in [-1, 1]."""
+Network = EDMPrecond | EDM2Precond
+#: What sets the networks of `--arch` apart, and the learning rate that suits each.
+KINDS: dict[str, dict[str, Any]] = {
+    "ddpmpp": {"model_type": "SongUNet"}, "edm2": {"class": EDM2Precond.__name__, "use_fp16": False}
+}  # fmt: skip
+RATES = {"ddpmpp": 2e-3, "edm2": 1e-2}
+
+
+def build(network: dict[str, Any]) -> Network:
+    """The network of a run, with random weights."""
+    arguments = {name: value for name, value in network.items() if name != "class"}
+    if network.get("class") == EDM2Precond.__name__:
+        return EDM2Precond(**arguments)
+    return EDMPrecond(**arguments)
+
+
+def edm_loss(net: Network, images: Tensor, labels: Tensor | None, rng: torch.Generator) -> Tensor:
+    """The loss of a network's kind, mean over everything, for images in [-1, 1]."""
     z = torch.randn([len(images), 1, 1, 1], generator=rng)
     noise = torch.randn(images.shape, generator=rng).to(images.device)
     sigma = (P_MEAN + P_STD * z).exp().to(images.device)
     weight = (sigma.square() + net.sigma_data**2) / (sigma * net.sigma_data).square()
-    return (weight * (net(images + sigma * noise, sigma, labels) - images).square()).mean()
+    loss = weight * (net(images + sigma * noise, sigma, labels) - images).square()
+    if isinstance(net, EDM2Precond):
+        variance = net.log_variance(sigma)
+        loss = loss / variance.exp() + variance
+    return loss.mean()
 
 
 def learning_rate(config: PretrainConfig, nimg: int) -> float:
@@ -146,7 +171,8 @@ class Trainer:
         if label_dim:
             self.labels = torch.nn.functional.one_hot(torch.from_numpy(dataset.labels), label_dim).float()
         torch.manual_seed(derive_seed(config.seed, 0))
-        self.net = EDMPrecond(**config.network).to(device).train()
+        self.net = build(config.network).to(device).train()
+        self.net.normalize_weights()
         self.net.compute_dtype = PRECISIONS[config.precision]
         self.averages = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in config.ema]
         # The kernels of CPU and CUDA are fused; nothing here leaves steps out.
@@ -183,6 +209,7 @@ class Trainer:
                 torch.nan_to_num(param.grad, nan=0, posinf=GRAD_LIMIT, neginf=-GRAD_LIMIT, out=param.grad)
         set_learning_rate(self.optimizer, learning_rate(config, self.nimg))
         self.optimizer.step()
+        self.net.normalize_weights()
         self.iteration += 1
         self._update_averages()
         return loss.detach()
@@ -195,7 +222,7 @@ class Trainer:
             averages: list[Tensor] = list(average.parameters())
             torch._foreach_lerp_(averages, values, 1 - beta)
 
-    def teachers(self) -> Iterator[tuple[Path, float, EDMPrecond]]:
+    def teachers(self) -> Iterator[tuple[Path, float, Network]]:
         """File, relative width and network of each average."""
         for i, (width, average) in enumerate(zip(self.config.ema, self.averages)):
             yield self.outdir / (TEACHER if i == 0 else f"teacher-{width:g}.safetensors"), width, average
@@ -215,7 +242,7 @@ class Trainer:
         """Write the averaged networks and a picture of samples of the first."""
         for path, width, average in self.teachers():
             training = {**self.config.to_json(), "images_seen": self.nimg, "seconds": round(self.seconds)}
-            network = {"class": "EDMPrecond", **self.config.network}
+            network = {"class": EDMPrecond.__name__, **self.config.network}
             if self.labels is not None:
                 network["class_frequencies"] = self._frequencies()
             settings = {"format": "teacher", "network": network, "training": {**training, "ema": width}}
@@ -351,7 +378,7 @@ def check_network(network: dict[str, Any]) -> None:
         raise UserError(f"images of {size}×{size} cannot be halved {len(levels) - 1} times; use fewer levels in --mult")
     try:
         with torch.device("meta"):
-            net = EDMPrecond(**network)
+            net = build(network)
             net(torch.zeros(1, network["img_channels"], size, size), torch.ones(1))
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0][:120]
@@ -388,6 +415,8 @@ def _widths(value: str) -> tuple[float, ...]:
               type=Real(0, 1), default=0.0)  # fmt: skip
 @click.option("--xflip", help="Mirror half of the images", type=bool, default=False)
 @section("Network")
+@click.option("--arch", help="ddpmpp: EDM's network for small images; edm2: EDM2's", type=click.Choice(list(KINDS)),
+              default="ddpmpp")  # fmt: skip
 @click.option("--channels", help="Width of the first level", type=Whole(4, 1024), default=32)
 @click.option("--mult", help="Width of each level, in multiples of --channels", metavar="LIST", default="1,2,3")
 @click.option("--blocks", help="Residual blocks per level", type=Whole(1, 16), default=1)
@@ -398,8 +427,8 @@ def _widths(value: str) -> tuple[float, ...]:
 @click.option("--batch", help="Images in an iteration", type=Whole(1, 2**20), default=64)
 @click.option("--optimizer", help="adam, or muon: Muon for weights between hidden layers, at twice the rate, Adam for "
               "the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
-@click.option("--lr", help="Learning rate of Adam, after a warm-up of 10 kimg",
-              type=Real(0, 1000, min_open=True), default=2e-3)  # fmt: skip
+@click.option("--lr", help="Learning rate of Adam, after a warm-up of 10 kimg; default: 2e-3, of edm2 1e-2",
+              type=Real(0, 1000, min_open=True))  # fmt: skip
 @click.option("--decay", help="Last part of the run over which the rate falls to zero", type=Real(0, 1), default=0.3)
 @click.option("--ema", help="Relative widths of the averages of the weights, up to 0.288; the first is "
               "teacher.safetensors", metavar="LIST", default="0.05")  # fmt: skip
@@ -441,13 +470,15 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         img_resolution=height,
         img_channels=channels,
         label_dim=dataset.label_dim if opts["cond"] else 0,
-        model_type="SongUNet",
+        **KINDS[opts["arch"]],
         model_channels=opts["channels"],
         channel_mult=mult,
         num_blocks=opts["blocks"],
         attn_resolutions=attn,
         dropout=opts["dropout"],
     )
+    if opts["arch"] == "edm2":
+        network["channels_per_head"] = math.gcd(64, opts["channels"])
     check_network(network)
     device = pick_device(opts["device"])
     configure_backends()
@@ -457,7 +488,7 @@ def main(data: str, outdir: str, **opts: Any) -> None:
         kimg=opts["kimg"],
         batch=opts["batch"],
         optimizer=opts["optimizer"],
-        lr=opts["lr"],
+        lr=RATES[opts["arch"]] if opts["lr"] is None else opts["lr"],
         decay=opts["decay"],
         ema=_widths(opts["ema"]),
         label_dropout=opts["label_dropout"],

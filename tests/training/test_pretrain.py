@@ -17,7 +17,7 @@ from tiny import flags, invoke, run_ranks, run_script, same, weights, write_imag
 
 from dnnlib import UserError
 from models import load_teacher
-from torch_utils.checkpoint import read_settings
+from torch_utils.checkpoint import read_settings, read_state
 from torch_utils.metrics.image_set import ImageDataset
 from training import pretrain as pretraining
 from training.pretrain import WIDEST, PretrainConfig, batch_indices, ema_beta, learning_rate, profile_exponent
@@ -66,13 +66,33 @@ def test_a_run_lowers_its_loss_and_its_teacher_can_be_loaded(tmp_path):
     assert json.loads((tmp_path / "run" / "training_options.json").read_text())["kimg"] == 1.6
 
 
+def test_a_teacher_of_edm2s_architecture(tmp_path):
+    """It learns to denoise and how uncertain it is, and its weights stay normalised."""
+    data = labelled(tmp_path / "data", 16)
+    pretrain(data, tmp_path / "run", arch="edm2", kimg=1.6, snap=0.4, lr=4e-2, batch=16, cond=True).ok()
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 0.3
+    settings = read_settings(tmp_path / "run" / "teacher.safetensors")
+    assert settings["network"]["class"] == "EDM2Precond" and settings["network"]["class_frequencies"] == [0.5, 0.5]
+    net = load_teacher(None, model_path=tmp_path / "run" / "teacher.safetensors").net
+    state = read_state(tmp_path / "run" / "state.pt")["net"]
+    hidden = [t for name, t in state.items() if name.endswith("conv_res0.weight")]
+    assert hidden and all((t.square().mean((1, 2, 3)).sqrt() - 1).abs().max() < 1e-3 for t in hidden)
+    noisy, clean = net.log_variance(torch.tensor([20.0, 0.05]))
+    assert noisy != clean
+    # --lr has its own default.
+    dry = [json.loads(pretrain(data, "x", "--dry-run", arch=a, lr=None).ok().output)["lr"] for a in ("edm2", "ddpmpp")]
+    assert dry == [1e-2, 2e-3]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"dropout": 0.2, "xflip": True, "cond": True, "label_dropout": 0.3, "optimizer": "muon", "ema": "0.1,0.2"},
+        {"arch": "edm2", "cond": True, "lr": 1e-2},
     ],
-    ids=["plain", "all"],
+    ids=["plain", "all", "edm2"],
 )
 def test_killed_run_ends_as_an_uninterrupted_one(changes, tmp_path):
     data = labelled(tmp_path / "data", 70)
