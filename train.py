@@ -12,7 +12,7 @@ import click
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import SEED, Command, Real, Whole, device_option, offline_option, precision_option, section
-from models.registry import ROWS
+from models.registry import ROWS, known_names
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device, pick_precision
@@ -54,7 +54,7 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
 @section("Teacher and output")
 @click.option("--preset", help="Flags of training/presets.yaml, which those of the command line override; `python -m "
               "training.presets` lists them", metavar="NAME", is_eager=True, callback=take_preset)  # fmt: skip
-@click.option("--dataset_name", help="Teacher: " + ", ".join(ROWS), metavar="NAME")
+@click.option("--dataset_name", help="Teacher: " + known_names(), metavar="NAME")
 @click.option("--model_path", help="Second stage: the SFD or SFD-v model (file, run directory or run number); "
               "else: a teacher of your own", metavar="PATH")  # fmt: skip
 @teacher_option

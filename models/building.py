@@ -110,12 +110,13 @@ def row_config(row: DatasetSpec) -> dict[str, Any]:
     """What `models/configs` says of a row whose file does not describe itself."""
     if row.config is None:
         raise ValueError(f"{row.name} has no file in models/configs")
-    return read_config(row.config)
+    config = read_config(row.config)
+    return {**config, "network": config["network"] | row.network}
 
 
 def build_on_meta(row: DatasetSpec) -> Precond:
     """The network of a row without memory: names, shapes and operations, no values."""
-    spec = (read_settings(row.path) if row.config is None else read_config(row.config))["network"]
+    spec = (read_settings(row.path) if row.config is None else row_config(row))["network"]
     return describe_network(spec, row.name)
 
 

@@ -6,7 +6,9 @@ needed, so a run that decodes nothing reads neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,46 @@ from .networks.clip_text import TextEncoder
 from .published.state_dicts import FIRST_STAGE, TEXT, below
 
 
+@dataclass(frozen=True)
+class LatentScale:
+    """How EDM2 scales latents: states are, per channel, latents · scale + bias.
+
+    Raises:
+        ValueError: these are not as many finite numbers each, or a scale is zero.
+    """
+
+    scale: list[float]
+    bias: list[float]
+
+    def __post_init__(self) -> None:
+        both = (self.scale, self.bias)
+        if not all(isinstance(v, list) for v in both) or len(self.scale) != len(self.bias):
+            raise ValueError("scale and bias of latents are not a number for each channel")
+        if not all(type(v) is float and math.isfinite(v) for v in self.scale + self.bias) or 0 in self.scale:
+            raise ValueError("scale and bias of latents are not usable numbers")
+
+    def latents(self, states: Tensor) -> Tensor:
+        """What the autoencoder made, from states `[B, C, h, w]`."""
+        scale, bias = (states.new_tensor(values)[:, None, None] for values in (self.scale, self.bias))
+        return (states - bias) / scale
+
+
 class LatentSpace:
     """From latents to images, and from captions to conditions.
 
     Args:
         config: what `models/configs` says of the model: `first_stage` and, for a text-conditioned one, `text`.
         read: gives the tensors of the published file, and the file. It is called once, when first needed.
+        scale: of the latents of EDM2, whose autoencoder was given images in [0, 1].
     """
 
-    def __init__(self, config: Mapping[str, Any], read: Callable[[], tuple[Mapping[str, Tensor], Path]]) -> None:
-        self._config, self._read = config, read
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        read: Callable[[], tuple[Mapping[str, Tensor], Path]],
+        scale: LatentScale | None = None,
+    ) -> None:
+        self._config, self._read, self.scale = config, read, scale
         self._file: tuple[Mapping[str, Tensor], Path] | None = None
         self._decoder: Autoencoder | None = None
         self._text: TextEncoder | None = None
@@ -37,7 +69,9 @@ class LatentSpace:
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
         # States are scaled to about unit variance, which the first stage knows nothing of.
-        return self.decoder().to(latents.device).decode(latents / self._config["first_stage"]["scale_factor"])
+        if self.scale is not None:
+            return 2 * self.decoder().to(latents.device).decode(self.scale.latents(latents.float())) - 1
+        return self.decoder().to(latents.device).decode(latents / self._config["first_stage"].get("scale_factor", 1.0))
 
     def decoder(self) -> Autoencoder:
         """The first stage. Who decodes at the end of a long run asks for it at the start, to know that it is there."""

@@ -6,38 +6,41 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, need, sha256_of
+from dnnlib import UserError, first_line, need, sha256_of
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
 
-from .building import build_network, describe_network, highest_sigma, network_spec, row_config
+from .building import build_network, describe_network, highest_sigma, network_spec, read_config, row_config
 from .diffusers_precond import DiffusersPrecond
 from .diffusers_space import AnySpace, FolderSpace, read_space
-from .latent import LatentSpace
+from .latent import LatentScale, LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
 from .networks.autoencoders import INSTALL_TAMING
 from .networks.clip_text import INSTALL_TRANSFORMERS
 from .networks.layers import freeze
 from .noise import HIGHEST, DiscreteNoise
 from .precond import CFGPrecond, Precond
-from .published.diffusers import is_folder, is_stable_diffusion, read_stable_diffusion
+from .published.diffusers import is_folder, is_stable_diffusion, read_first_stage, read_stable_diffusion
 from .published.diffusers_folder import folder_digest, open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
 from .published.reference_students import is_reference_student, read_reference_student
 from .published.state_dicts import AVERAGE, FIRST_STAGE, IGNORED, TEXT, UNET
 from .published.torch_checkpoint import read_checkpoint
-from .registry import ROWS, DatasetSpec, fetch_weights, get_row
+from .registry import ROWS, DatasetSpec, fetch_autoencoder, fetch_weights, get_row
 
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
 #: What `training.pretrain` leaves in its run directory.
 TEACHER_FILE = "teacher.safetensors"
+#: What describes the autoencoder of EDM2's networks on latents, those of the user too.
+EDM2_LATENTS = "edm2-img512"
 
 
 def load_teacher(
@@ -67,15 +70,17 @@ def load_teacher(
         row = _stable_diffusion_row(dataset_name, own)
         net, latent = _read_registered(row, own)
     elif own is not None:
-        net, name = _read_own_teacher(own), dataset_name or own_name(own)
-        latent = _latent_space(net, name, str(own))
+        (net, scale), name = _read_own_teacher(own), dataset_name or own_name(own)
+        latent = _latent_space(net, name, str(own), scale=scale)
         spec = DatasetSpec(name, "file", (str(own),), net.img_resolution, net.img_channels, net.label_dim)
-        row = spec if latent is None else get_row(name)
+        row = get_row(name) if isinstance(net, CFGPrecond) and latent is not None else spec
     elif dataset_name is None:
         raise UserError("is missing; give the name of a data set, or the file of a teacher", "dataset_name")
     else:
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
+        if row.guide is not None and guide_path is None:
+            guide_path = fetch_weights(row.guide)
     guide = None if guide_path is None else read_guide(Path(guide_path), net)
     model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate, guide)
     return freeze(model.to(device))
@@ -83,7 +88,7 @@ def load_teacher(
 
 def read_guide(path: Path, net: Precond) -> Precond:
     """A network that guides `net`: of the same states, and of the same classes or none."""
-    guide = _read_own_teacher(path)
+    guide, _ = _read_own_teacher(path)
 
     def states(n: Precond) -> str:
         return f"{n.img_channels}×{n.img_resolution}²{' with text' if n.context_dim else ''}"
@@ -165,8 +170,12 @@ def own_name(model_path: str | os.PathLike) -> str:
 
 def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
     """The model of a row: the published one, or one of the user's `own` in a published layout."""
-    if row.loader in ("embedded", "edm"):
-        return _read_own_teacher(fetch_weights(row)), None
+    if row.loader in ("embedded", "edm", "edm2"):
+        path = fetch_weights(row)
+        net, scale = _read_own_teacher(path)
+        if (scale is None) != (row.codec is None):
+            raise UserError(f"{path} is of {'pixels' if scale is None else 'latents'}; expected the published file")
+        return net, _latent_space(net, row.name, str(path), scale=scale)
     config, (tensors, path) = row_config(row), read_published(row, own)
     if row.codec is None:
         return _published_network(config["network"], tensors, path), None
@@ -248,8 +257,20 @@ def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
-def _latent_space(net: Precond, dataset_name: str, source: str, own: Path | None = None) -> LatentSpace | None:
-    """What a network in a latent space needs besides, from the published file of its data set or the user's `own`."""
+def _latent_space(
+    net: Precond, dataset_name: str, source: str, own: Path | None = None, scale: LatentScale | None = None
+) -> LatentSpace | None:
+    """What a network in a latent space needs besides.
+
+    That is in the published file of its data set, or in the user's `own`; of EDM2's networks, which have a `scale` of
+    their latents, it is a file of its own.
+    """
+    if scale is not None:
+        if len(scale.scale) != net.img_channels:
+            raise UserError(f"{source} scales {len(scale.scale)} channels, its network has {net.img_channels}")
+        row = ROWS.get(dataset_name)
+        config = read_config(EDM2_LATENTS if row is None or row.config is None else row.config)
+        return LatentSpace(config, partial(_read_autoencoder, config["first_stage"]), scale)
     if not isinstance(net, CFGPrecond):
         return None
     row, has_text = ROWS.get(dataset_name), net.context_dim is not None
@@ -276,17 +297,24 @@ def _folder_space(net: DiffusersPrecond, sampling: SamplingSettings, source: str
     return read_space(folder)
 
 
-def _read_own_teacher(path: Path) -> Precond:
+def _read_autoencoder(stage: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
+    path = fetch_autoencoder()
+    return read_first_stage(path, stage), path
+
+
+def _read_own_teacher(path: Path) -> tuple[Precond, LatentScale | None]:
+    """A teacher of one's own, and how its latents are scaled, if it is one of EDM2 on latents."""
+    scale = None
     if path.suffix == ".pkl":
         pickled = read_edm_pickle(path)
-        is_student, tensors = pickled.is_student, pickled.state_dict
+        is_student, tensors, scale = pickled.is_student, pickled.state_dict, pickled.latents
         spec = {"class": pickled.class_name, **pickled.init_kwargs}
     else:
         tensors, settings = read_network(path)
         is_student, spec = settings.get("format") != "teacher", settings["network"]
     if is_student:
         raise UserError(f"{path} is a student, not a teacher; a second stage distils it further", "is_second_stage")
-    return build_network(spec, tensors, str(path))
+    return build_network(spec, tensors, str(path)), scale
 
 
 def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student:
@@ -307,6 +335,8 @@ def save_student(path: str | Path, student: Student, training: dict[str, Any]) -
     """Write a student as one `.safetensors` file with the settings that it needs, and those that made it."""
     sampling = asdict(student.sampling)
     settings = {"format": "student", "network": network_spec(student.net), "sampling": sampling, "training": training}
+    if isinstance(student.latent, LatentSpace) and student.latent.scale is not None:
+        settings["latents"] = asdict(student.latent.scale)
     save_network(path, student.net.state_dict(), settings)
 
 
@@ -326,13 +356,13 @@ def load_student(
     Raises:
         UserError: no such file or run, or one that is not a student.
     """
-    path = find_student(path)
+    path, scale = find_student(path), None
     if path.suffix == ".pkl":
         spec, tensors, sampling = read_reference_student(path)
     else:
         sampling = read_sampling(path)
         tensors, settings = read_network(path)
-        spec = settings["network"]
+        spec, scale = settings["network"], _recorded_scale(settings.get("latents"), path)
     if teacher_path is not None:
         sampling = with_teacher(sampling, teacher_path, str(path))
     net = build_network(spec, tensors, str(path))
@@ -342,7 +372,7 @@ def load_student(
     if isinstance(net, DiffusersPrecond):
         latent = _folder_space(net, sampling, str(path))
     else:
-        latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)))
+        latent = _latent_space(net, sampling.dataset_name, str(path), own_latent_space(sampling, str(path)), scale)
     model = Student(net, sampling, latent)
     try:
         sampling.schedule(model.noise_schedule)
@@ -386,6 +416,14 @@ def load_teacher_of(student: Student, source: str) -> DiffusionModel:
             )
         with_teacher(s, s.teacher_path, source)
     return load_teacher(s.dataset_name, s.teacher_path, next(student.parameters()).device, s.guide_path)
+
+
+def _recorded_scale(values: Any, path: Path) -> LatentScale | None:
+    """How a student's latents are scaled, if its file says so."""
+    try:
+        return None if values is None else LatentScale(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
 def read_sampling(path: str | os.PathLike) -> SamplingSettings:

@@ -19,7 +19,7 @@ from dnnlib.options import Command, offline_option, section
 from .detectors import fetch_inception
 from .detectors.lpips import fetch_lpips
 from .networks.clip_text import find_tokenizer
-from .registry import ROWS, fetch_captions, fetch_weights
+from .registry import ROWS, fetch_autoencoder, fetch_captions, fetch_weights, known_names
 
 #: What is no data set: from a name to what returns the files, or the directory with them.
 OTHERS: dict[str, Callable[[], Path | list[Path]]] = {
@@ -27,27 +27,41 @@ OTHERS: dict[str, Callable[[], Path | list[Path]]] = {
     "lpips": fetch_lpips,
     "captions": fetch_captions,
     "tokenizer": find_tokenizer,
+    "sd-vae-ft-mse": fetch_autoencoder,
 }
 TEXT = ("tokenizer", "captions")
 
 
+def companions(name: str) -> tuple[str, ...]:
+    """What a data set's model needs besides, among `OTHERS`."""
+    row = ROWS.get(name)
+    if row is None:
+        return ()
+    return (TEXT if row.text else ()) + ((row.codec,) if row.codec in OTHERS else ())
+
+
 def expand(names: Sequence[str]) -> list[str]:
     """Every name once, `all` and the companions of text-conditioned models spelled out."""
-    known = [*ROWS, *OTHERS]
-    unknown = [name for name in names if name not in (*known, "all")]
+    unknown = [name for name in names if name not in (*ROWS, *OTHERS, "all")]
     if unknown:
-        raise UserError(f"unknown name {unknown[0]!r}; expected all, {', '.join(known)}")
+        raise UserError(f"unknown name {unknown[0]!r}; expected all, {known_names()}, {', '.join(OTHERS)}")
+    # EDM2's many files are one network in several versions; who wants one names it.
+    everything = [*(name for name, row in ROWS.items() if row.loader != "edm2"), *OTHERS]
     wanted: dict[str, None] = {}
-    for name in known if "all" in names else names:
-        wanted.update(dict.fromkeys((name, *(TEXT if name in ROWS and ROWS[name].text else ()))))
+    for name in [*names, *everything] if "all" in names else names:
+        if name != "all":
+            wanted.update(dict.fromkeys((name, *companions(name))))
     return list(wanted)
 
 
 def prefetch(name: str) -> str:
     """Make sure that the files of one name are there → what was done, in words."""
     before = set(_files([cache_dir()]))
-    result = OTHERS[name]() if name in OTHERS else fetch_weights(ROWS[name])
-    paths = result if isinstance(result, list) else [result]
+    if name in OTHERS:
+        result = OTHERS[name]()
+        paths = result if isinstance(result, list) else [result]
+    else:
+        paths = [fetch_weights(row) for row in (ROWS[name], ROWS[name].guide) if row is not None]
     files = _files(paths)
     done = "fetched" if any(file not in before and file.is_relative_to(cache_dir()) for file in files) else "there"
     size = sum(file.stat().st_size for file in files)
@@ -73,7 +87,8 @@ def main(names: Sequence[str]) -> None:
       lpips      the perceptual loss of the second stage
       captions   of MS-COCO, for ms_coco
       tokenizer  of the text encoder, for ms_coco
-      all        everything
+      sd-vae-ft-mse  decodes the latents of EDM2 at 512×512
+      all        everything but EDM2's networks
 
     \b
     Examples:

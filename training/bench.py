@@ -106,7 +106,11 @@ def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device) ->
     net = build_on_meta(row).to_empty(device=device)
     fill_randomly(net)
     latent = None if row.codec is None else _random_latent_space(row)
-    teacher = freeze(DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent))
+    guide = None if row.guide is None else build_on_meta(row.guide).to_empty(device=device)
+    if guide is not None:
+        fill_randomly(guide)
+    space = (row.sigma_min, highest_sigma(row, net), latent)
+    teacher = freeze(DiffusionModel(net, row.name, *space, guide=guide))
     sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
     student = make_student(teacher, sampling)
     teacher.compute_dtype = student.compute_dtype = PRECISIONS[config.precision]
@@ -295,7 +299,8 @@ def run_stages(
     dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
     peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
     setup = make_setup(row, config, device)
-    micro_batch, cost = setup.distiller.micro_batch_size, run_cost(config, build_on_meta(row))
+    guide = None if row.guide is None else build_on_meta(row.guide)
+    micro_batch, cost = setup.distiller.micro_batch_size, run_cost(config, build_on_meta(row), guide=guide)
     about = {
         "dataset_name": row.name, "device": _device_name(device), "threads": torch.get_num_threads(),
         "precision": precision, "channels_last": prefers_channels_last(device), "batch": batch,

@@ -12,7 +12,7 @@ from typing import Any
 from dnnlib import UserError
 from models.loading import digest_of, find_model, find_student, guidance_of, own_name, read_sampling
 from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
-from models.registry import ROWS, get_row
+from models.registry import ROWS, get_row, known_names
 from solvers import SamplingPlan, get_solver
 
 #: Timestamps of a teacher's trajectory.
@@ -95,6 +95,17 @@ class DistillConfig:
         # A student of the first stage has its teacher's guidance in it.
         return 1.0 if self.is_second_stage or self.dataset_name not in ROWS else ROWS[self.dataset_name].guidance_rate
 
+    @property
+    def _recorded_guidance(self) -> str | None:
+        """What the student's file says of the kind of its guidance."""
+        if self.training_rate != 1:
+            return "teacher"
+        return (
+            "cfg"
+            if self.guidance_type is None and self.guidance_rate is not None and self.has_text
+            else self.guidance_type
+        )
+
     def student_plan(self, num_steps: int) -> SamplingPlan:
         """How the student of so many timestamps is sampled; in training it has no guidance."""
         return SamplingPlan(get_solver("euler"), num_steps, self.afs, self.sampling_rate)
@@ -135,9 +146,7 @@ class DistillConfig:
             use_step_condition=self.use_step_condition,
             is_second_stage=self.is_second_stage,
             # Where nothing is said, the teacher's own guidance is taken over once it is there.
-            guidance_type="cfg"
-            if self.guidance_rate is not None and self.has_text and self.guidance_type is None
-            else self.guidance_type,
+            guidance_type=self._recorded_guidance,
             guidance_rate=1.0 if self.guidance_type is None and self.guidance_rate is None else self.sampling_rate,
             training_guidance_rate=self.training_rate,
             negative_prompt=self.negative_prompt,
@@ -214,7 +223,7 @@ def teacher_name(dataset_name: str | None, model_path: str | None, is_second_sta
         return get_row(dataset_name).name
     if model_path is not None:
         return own_name(model_path)
-    raise UserError(f"--dataset_name is missing; give one of {', '.join(ROWS)}")
+    raise UserError(f"--dataset_name is missing; give one of {known_names()}")
 
 
 def first_student(model_path: str | None) -> str:

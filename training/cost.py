@@ -251,4 +251,7 @@ def _networks(config: DistillConfig) -> tuple[Precond, Precond | None]:
         source.check_guidance(config.training_rate)
         return source.net, source.guide
     net = build_on_meta(get_row(config.dataset_name))
-    return net, None if config.guide is None else read_guide(Path(config.guide), net)
+    if config.guide is not None:
+        return net, read_guide(Path(config.guide), net)
+    own = get_row(config.dataset_name).guide if config.training_rate != 1 else None
+    return net, None if own is None else build_on_meta(own)

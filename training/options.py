@@ -13,7 +13,7 @@ from dnnlib import UserError
 from dnnlib.options import Real, Whole, device_option, offline_option, section
 from models.detectors import NAMES, check_detector
 from models.detectors.inception import RESIZES
-from models.registry import ROWS
+from models.registry import known_names
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
 
@@ -73,7 +73,7 @@ sample_options = combined(
     section("What to sample"),
     click.option("--model_path", help="Student: file, run directory or run number; `teacher`: of --dataset_name; or "
                  "the file of a teacher of your own", metavar="PATH", required=True),
-    click.option("--dataset_name", help="Checked against the student; needed for a teacher. One of " + ", ".join(ROWS),
+    click.option("--dataset_name", help="Checked against the student; needed for a teacher. One of " + known_names(),
                  metavar="NAME"),
     click.option("--seeds", help="Random seeds, one image each, e.g. 1,2,5-10", metavar="LIST", default="0-63",
                  callback=parse_seeds),

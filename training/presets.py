@@ -114,7 +114,7 @@ def listing() -> str:
     rows = [("preset", "gives", "FID", "A100 hours", "24 GB hold")]
     rows += [(p.name, p.gives, p.fid, p.hours, p.holds) for p in read_presets().values()]
     rows.append(("test", "runs the tests", "-", "-", "-"))
-    return "\n".join("  {:21}  {:25}  {:19}  {:10}  {}".format(*row) for row in rows)
+    return "\n".join("  {:27}  {:25}  {:19}  {:10}  {}".format(*row) for row in rows)
 
 
 def families() -> dict[str, list[Preset]]:

@@ -70,20 +70,28 @@ def read_stable_diffusion(path: Path, config: Mapping[str, Any]) -> dict[str, Te
         return read_checkpoint(path)
     _check_folder(path, config)
     network, stage = config["network"], config["first_stage"]
-    blocks, levels = network["num_res_blocks"], len(stage["ch_mult"])
+    blocks = network["num_res_blocks"]
     parts = read_checkpoint(_weights_file(path, "unet"))
     tensors = _renamed(parts, lambda name: unet_name(name, blocks), _names(CFGPrecond, network), UNET)
-    parts = read_checkpoint(_weights_file(path, "vae"))
-    old = "|".join(OLD_ATTENTION)
-    parts = {re.sub(rf"\b({old})\b", lambda m: OLD_ATTENTION[m[1]], name): tensor for name, tensor in parts.items()}
-    parts = _renamed(parts, lambda name: stage_name(name, levels), _names(KLAutoencoder, stage), FIRST_STAGE)
-    tensors |= {name: t[:, :, None, None] if is_stage_matrix(name) and t.ndim == 2 else t for name, t in parts.items()}
+    tensors |= read_first_stage(_weights_file(path, "vae"), stage)
     for name, tensor in read_checkpoint(_weights_file(path, "text_encoder")).items():
         # Releases of transformers differ in whether `text_model.` is part of their names.
         name = f"text_model.{name.removeprefix('text_model.')}"
         if name != POSITIONS:
             tensors[f"{TEXT}transformer.{name}"] = tensor
     return tensors
+
+
+def read_first_stage(path: Path, stage: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a KL autoencoder of diffusers under their published names, below `first_stage_model.`.
+
+    Args:
+        stage: what `models/configs` says of it. Names and shapes are for the network to check.
+    """
+    old, levels = "|".join(OLD_ATTENTION), len(stage["ch_mult"])
+    parts = {re.sub(rf"\b({old})\b", lambda m: OLD_ATTENTION[m[1]], k): t for k, t in read_checkpoint(path).items()}
+    parts = _renamed(parts, lambda name: stage_name(name, levels), _names(KLAutoencoder, stage), FIRST_STAGE)
+    return {name: t[:, :, None, None] if is_stage_matrix(name) and t.ndim == 2 else t for name, t in parts.items()}
 
 
 def _renamed(

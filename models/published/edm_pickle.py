@@ -17,7 +17,6 @@ Three layouts are read:
 
 from __future__ import annotations
 
-import math
 import os
 import pickle  # names of opcodes only
 import re
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from dnnlib import UserError
 
+from ..latent import LatentScale
 from .pickle_globals import FUNCTIONS, NUMPY_ARRAY, STORAGE_DTYPES, refuse_global
 from .pickle_machine import (
     ArrayRecord,
@@ -59,14 +59,6 @@ LAYOUTS = {
 }
 #: The one autoencoder whose latents published networks of EDM2 take.
 STABILITY_VAE = "stabilityai/sd-vae-ft-mse"
-
-
-@dataclass(frozen=True)
-class LatentScale:
-    """Per channel, the states of a network in a latent space are latents · scale + bias."""
-
-    scale: list[float]
-    bias: list[float]
 
 
 @dataclass(frozen=True)
@@ -194,12 +186,11 @@ def _latent_scale(encoder: Any) -> LatentScale | None:
     if found != STABILITY_VAE:
         raise Refused(f"holds a network on the latents of {shown(str(found))}; expected {STABILITY_VAE}")
     scale, bias = (encoder.state.get(name) for name in ("scale", "bias"))
-    if type(scale) is not ArrayRecord or type(bias) is not ArrayRecord or len(scale.values) != len(bias.values):
-        raise Refused("is damaged: its encoder has no scale and bias for each channel")
-    values = [float(value) for value in (*scale.values, *bias.values)]
-    if not all(map(math.isfinite, values)) or min(map(abs, values[: len(scale.values)]), default=0) == 0:
-        raise Refused("is damaged: its encoder's scale and bias are not usable numbers")
-    return LatentScale(values[: len(scale.values)], values[len(scale.values) :])
+    try:
+        return LatentScale(*([float(v) for v in each.values] for each in (scale, bias)))
+    except (AttributeError, ValueError) as error:
+        reason = str(error) if type(scale) is type(bias) is ArrayRecord else "its encoder has no scale and bias"
+        raise Refused(f"is damaged: {reason}") from None
 
 
 def _child(module: Any, *names: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ from dnnlib import UserError
 from dnnlib.download import cache_dir, derive, fetch
 
 from ..published.archives import extract_member
+from . import edm2
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "assets"
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 LDM_URL = "https://ommer-lab.com/files/latent-diffusion"
 SD_FILE = "resolve/main/v1-5-pruned-emaonly.ckpt"
+#: MIT licence.
+VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
+VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 #: 30,000 captions of MS-COCO's validation set of 2014, in the column `text`.
 CAPTIONS_URL = (
     "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/MS-COCO_val2014_30k_captions.csv"
@@ -39,7 +43,7 @@ class DatasetSpec:
 
     Attributes:
         name: the `dataset_name`.
-        loader: `embedded` (shipped with this program), `edm` (a pickle of NVlabs/edm), `state-dict` (bare, as
+        loader: `embedded` (shipped with this program), `edm` and `edm2` (pickles of these), `state-dict` (bare, as
             consistency-models and guided-diffusion publish), `latent-diffusion`, `stable-diffusion`, or `file` (of the
             user).
         sources: addresses of the same file, tried in order; of an embedded one its name under `assets/`.
@@ -51,10 +55,14 @@ class DatasetSpec:
         text: whether it is conditioned on captions.
         guidance_rate: default of classifier-free guidance in sampling, 1 for none.
         config: `models/configs/NAME.yaml` describes the networks; None where the file itself does.
-        codec: first stage between pixels and latents, `vq-f4` or `kl-f8`.
+        network: arguments in which this network differs from the one in `config`.
+        codec: first stage between pixels and latents, `vq-f4`, `kl-f8`, or `sd-vae-ft-mse`, whose file is its own.
+        guide: the network that guidance leads away from, where that is another one.
         sha256: checksum of the file, where one is published.
         size: bytes of the file, where that is known.
         licence, origin: of the weights.
+        published: the best number that its authors publish, with the metric.
+        folder: where the file is below the cache directory; None is a folder of the row's name.
     """
 
     name: str
@@ -71,18 +79,22 @@ class DatasetSpec:
     text: bool = False
     guidance_rate: float = 1.0
     config: str | None = None
+    network: dict[str, Any] = field(default_factory=dict, hash=False)
     codec: str | None = None
     sha256: str | None = None
     size: int | None = None
     licence: str = "unknown"
     origin: str = "file"
+    published: str | None = None
+    guide: DatasetSpec | None = None
+    folder: str | None = None
 
     @property
     def path(self) -> Path:
         """Where the file is expected: as it was published, not yet unpacked."""
         if self.loader == "embedded":
             return ASSETS / self.sources[0]
-        return cache_dir() / self.name / self.sources[0].rsplit("/", 1)[-1]
+        return cache_dir() / (self.folder or self.name) / self.sources[0].rsplit("/", 1)[-1]
 
     @property
     def weights_path(self) -> Path:
@@ -139,12 +151,22 @@ ROWS = {
         ),
     )
 }  # fmt: skip
+ROWS |= {
+    fields["name"]: DatasetSpec(**fields, guide=None if guide is None else DatasetSpec(**guide))
+    for fields, guide in edm2.rows()
+}
+
+
+def known_names() -> str:
+    """The names there are, for a line or two; those of EDM2's many files in short."""
+    names = [name for name, row in ROWS.items() if row.loader != "edm2"]
+    return ", ".join([*names, "edm2-img64-… and edm2-img512-… (python -m models.registry)"])
 
 
 def get_row(dataset_name: str) -> DatasetSpec:
     """The row of `dataset_name`, or one clear line with the names there are."""
     if dataset_name not in ROWS:
-        raise UserError(f"unknown dataset_name {dataset_name!r}; expected one of {', '.join(ROWS)}")
+        raise UserError(f"unknown dataset_name {dataset_name!r}; expected one of {known_names()}")
     return ROWS[dataset_name]
 
 
@@ -166,6 +188,12 @@ def fetch_weights(row: DatasetSpec, offline: bool | None = None) -> Path:
     if not row.weights_path.exists():
         fetch(row.sources, row.path, row.sha256, offline, row.size)
     return derive(row.weights_path, lambda: extract_member(row.path, member, row.weights_path))
+
+
+def fetch_autoencoder(offline: bool | None = None) -> Path:
+    """Stability's autoencoder, which decodes the latents of EDM2, as diffusers publishes it."""
+    path = cache_dir() / "sd-vae-ft-mse" / VAE_URL.rsplit("/", 1)[1]
+    return fetch([VAE_URL], path, VAE_SHA256, offline, size=334_643_276)
 
 
 def fetch_captions(offline: bool | None = None) -> Path:

@@ -28,11 +28,23 @@ NOTES = """
 (in parentheses) what the network sees: latents of a first stage
 parameters       of the network: first stage and text encoder come on top
 GFLOPs           of one evaluation for one image, two operations for each multiply-add; guidance takes two evaluations
-sigma            noise levels between which models are distilled and sampled"""
+sigma            noise levels between which models are distilled and sampled
+published        by the authors, without distillation"""
 
 
 def measure(row: DatasetSpec) -> dict[str, Any]:
     """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
+    key = (row.config or row.name, *sorted(row.network.items()))
+    if key not in _measured:
+        _measured[key] = _measure(row)
+    return _measured[key]
+
+
+#: By network: many of EDM2's files are of the same.
+_measured: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def _measure(row: DatasetSpec) -> dict[str, Any]:
     with torch.device("meta"), torch.no_grad(), plain_operations(), FlopCounterMode(display=False) as counter:
         net = build_on_meta(row).eval()
         parameters = sum(param.numel() for param in net.parameters())
@@ -63,18 +75,20 @@ def describe(row: DatasetSpec) -> dict[str, Any]:
         "sigma_min": row.sigma_min,
         "sigma_max": round(sigma_max, 4),
         "guidance_rate": row.guidance_rate,
+        "guide": None if row.guide is None else row.guide.sources[0].rsplit("/", 1)[1],
+        "published": row.published,
         "licence": row.licence,
         "file": str(row.path),
         "unpacked": None if row.member is None else str(row.weights_path),
         "sha256": row.sha256,
-        "present": row.path.is_file() or row.weights_path.is_file(),
+        "present": all(r.path.is_file() or r.weights_path.is_file() for r in (row, row.guide) if r is not None),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Two lines a data set: aligned columns, and the file with its state."""
     columns = ["name", "source", "resolution", "channels", "labels", "parameters", "GFLOPs", "sigma", "guidance"]
-    cells = [[*columns, "licence of the weights"]]
+    cells = [[*columns, "published", "licence of the weights"]]
     for row in rows:
         resolution, channels = (
             f"{row[size]} ({row[f'latent_{size}']})" if row[f"latent_{size}"] else str(row[size])
@@ -84,12 +98,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         sigma = f"{row['sigma_min']:g}–{row['sigma_max']:.4g}"
         guidance = f"{row['guidance_rate']:g}" if row["guidance_rate"] != 1 else "–"
         size = [format_count(row["parameters"]), f"{row['gflops']:.1f}"]
-        cells.append([row["name"], row["source"], resolution, channels, labels, *size, sigma, guidance, row["licence"]])
+        about = [resolution, channels, labels, *size, sigma, guidance, row["published"] or "–", row["licence"]]
+        cells.append([row["name"], row["source"], *about])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     for i, row in enumerate(rows, start=1):
         origin = "" if row["present"] or not row["urls"] else f", from {row['urls'][0]}"
-        lines[i] += f"\n    {'present' if row['present'] else 'missing'}: {_short(row['file'])}{origin}"
+        guide = f", guided by {row['guide']}" if row["guide"] else ""
+        lines[i] += f"\n    {'present' if row['present'] else 'missing'}: {_short(row['file'])}{guide}{origin}"
     return "\n".join([*lines, NOTES])
 
 

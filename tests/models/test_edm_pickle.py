@@ -33,7 +33,8 @@ from torch import nn
 from dnnlib import UserError
 from models import EDM2Precond, EDMPrecond
 from models.building import build_network
-from models.published.edm_pickle import LatentScale, read_edm_pickle
+from models.latent import LatentScale
+from models.published.edm_pickle import read_edm_pickle
 from models.published.pickle_machine import MAX_STEPS
 
 IMAGES = dict(img_resolution=16, img_channels=3)
@@ -177,10 +178,10 @@ def array(value):
     (Persistent("FluxEncoder", {}, ""), "holds a FluxEncoder as its encoder"),
     ([1], "holds a list as its encoder"),
     (Persistent("StabilityVAEEncoder", {"vae_name": "a/b"}, ""), "on the latents of a/b; expected stabilityai/sd-vae"),
-    (dict(scale=array([1, 2]), bias=array([1])), "no scale and bias for each channel"),
-    (dict(scale=[1.0], bias=[1.0]), "no scale and bias for each channel"),
-    (dict(scale=array([0]), bias=array([1])), "scale and bias are not usable"),
-    (dict(scale=array([np.inf]), bias=array([1])), "scale and bias are not usable"),
+    (dict(scale=array([1, 2]), bias=array([1])), "not a number for each channel"),
+    (dict(scale=[1.0], bias=[1.0]), "encoder has no scale and bias"),
+    (dict(scale=array([0]), bias=array([1])), "scale and bias of latents are not usable"),
+    (dict(scale=array([np.inf]), bias=array([1])), "scale and bias of latents are not usable"),
     (dict(scale=np.array(["a"]), bias=array([1])), "NumPy values of type U1"),
     (dict(scale=np.ones([2, 2], order="F"), bias=array([1])), "array of another size"),
 ])  # fmt: skip
@@ -195,7 +196,7 @@ def test_arrays_are_numpys_and_as_large_as_they_say(tmp_path):
     content, data = path.read_bytes(), array([0.5] * 4).tobytes()
     assert content.count(b"\x10" + data) == 1
     path.write_bytes(content.replace(b"\x10" + data, b"\x10" + data[:12] + b"\x00\x00\xc0\x7f"))  # nan
-    refused(path, "scale and bias are not usable")
+    refused(path, "scale and bias of latents are not usable")
     path.write_bytes(content.replace(b"K\x04\x85", b"K\x05\x85"))
     refused(path, "array of another size")
     path.write_bytes(content.replace(b"ndarray", b"ndarrai"))
