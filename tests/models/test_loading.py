@@ -45,8 +45,10 @@ def test_a_registered_teacher_is_read_from_its_published_pickle(net, cache):
 def test_a_missing_file_names_its_place_and_its_url_when_offline(cache, name):
     with pytest.raises(UserError) as error:
         load_teacher(name)
-    url = get_row(name).sources[0]
-    assert str(cache / name / url.rsplit("/", 1)[1]) in error.value.message and url in error.value.message
+    row = get_row(name)
+    url = row.sources[0]
+    assert str(cache / (row.folder or name) / url.rsplit("/", 1)[1]) in error.value.message
+    assert url in error.value.message
 
 
 def test_a_pickle_of_ones_own_is_a_teacher(net, tmp_path):
