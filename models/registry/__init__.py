@@ -108,6 +108,8 @@ ROWS = {
         DatasetSpec(
             "emoji32", "embedded", ("emoji32-teacher.safetensors",), 32, licence="OFL 1.1", origin="this project"
         ),
+        DatasetSpec("emoji32-cond", "embedded", ("emoji32-cond-teacher.safetensors",), 32, label_dim=9,
+                    licence="OFL 1.1", origin="this project"),
         DatasetSpec("cifar10", sources=(f"{EDM_URL}/edm-cifar10-32x32-uncond-vp.pkl",), resolution=32,
                    config="cifar10", **EDM),
         DatasetSpec("ffhq", sources=(f"{EDM_URL}/edm-ffhq-64x64-uncond-vp.pkl",), resolution=64, config="ffhq", **EDM),

@@ -41,7 +41,7 @@ def test_a_registered_teacher_is_read_from_its_published_pickle(net, cache):
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "emoji32"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.loader != "embedded"])
 def test_a_missing_file_names_its_place_and_its_url_when_offline(cache, name):
     with pytest.raises(UserError) as error:
         load_teacher(name)
@@ -57,10 +57,14 @@ def test_a_pickle_of_ones_own_is_a_teacher(net, tmp_path):
     assert teacher.dataset_name == "network-snapshot-000100" and teacher.img_resolution == 8
 
 
-def test_the_embedded_teacher_is_there():
-    teacher = load_teacher("emoji32")
-    assert teacher.shape == (3, 32, 32) and teacher.label_dim == 0
-    clean = teacher.denoise(torch.zeros(1, 3, 32, 32), 0.01)
+@pytest.mark.parametrize("name, classes", [("emoji32", 0), ("emoji32-cond", 9)])
+def test_the_embedded_teachers_are_there(name, classes):
+    teacher = load_teacher(name)
+    assert teacher.shape == (3, 32, 32) and teacher.label_dim == ROWS[name].label_dim == classes
+    frequencies = teacher.net.class_frequencies
+    assert frequencies is None if classes == 0 else frequencies[1] == max(frequencies)  # most emoji are people
+    labels = torch.eye(classes) if classes else None
+    clean = teacher.denoise(torch.zeros(max(classes, 1), 3, 32, 32), 0.01, labels)
     assert clean.isfinite().all() and clean.abs().max() < 2
 
 

@@ -46,10 +46,10 @@ def test_the_data_sets_of_the_program():
         "ffhq_ldm",
         "ms_coco",
     ]
-    more = ["lsun_cat", "imagenet64_cm", "imagenet256_adm", "imagenet256_adm_uncond"]
+    more = ["emoji32-cond", "lsun_cat", "imagenet64_cm", "imagenet256_adm", "imagenet256_adm_uncond"]
     assert [name for name in ROWS if name in paper] == paper and set(more) < set(ROWS)
     assert all(name == row.name for name, row in ROWS.items())
-    with pytest.raises(UserError, match="unknown dataset_name 'imagenet'; expected one of emoji32, cifar10"):
+    with pytest.raises(UserError, match="unknown dataset_name 'imagenet'; expected one of emoji32, emoji32-cond, cifar10"):
         get_row("imagenet")
 
 
@@ -81,8 +81,9 @@ def test_offline_names_the_place_and_the_address(row, cache):
 
 
 def test_embedded_weights_are_part_of_the_program():
-    path = fetch_weights(ROWS["emoji32"])
-    assert path.is_file() and path.parent == ROOT / "assets"
+    for name in ("emoji32", "emoji32-cond"):
+        path = fetch_weights(ROWS[name])
+        assert path.is_file() and path.parent == ROOT / "assets" and path.stat().st_size < 8.2e6
 
 
 def test_weights_put_there_by_hand_are_taken_and_remembered(cache):
@@ -179,7 +180,7 @@ def test_table(cache):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert list(rows) == list(ROWS)
-    assert {name for name, row in rows.items() if row["present"]} == {"emoji32", "ffhq", "ffhq_ldm"}
+    assert {name for name, row in rows.items() if row["present"]} == {"emoji32", "emoji32-cond", "ffhq", "ffhq_ldm"}
     # Karras et al. 2022 and Rombach et al. 2022: millions of parameters.
     millions = {"cifar10": 55.7, "ffhq": 61.8, "imagenet64": 295.9, "ffhq_ldm": 274.1, "ms_coco": 859.5}
     assert {name: round(rows[name]["parameters"] / 1e6, 1) for name in millions} == millions
@@ -219,7 +220,7 @@ def test_prefetch_all_is_everything_once():
 
 def test_prefetch_of_an_unknown_name():
     lines, error = run_prefetch("cifar10", "imagenet")
-    assert not lines and error.message.startswith("unknown name 'imagenet'; expected all, emoji32, cifar10")
+    assert not lines and error.message.startswith("unknown name 'imagenet'; expected all, emoji32, emoji32-cond, cifar10")
 
 
 def test_prefetch_fetches_verifies_and_unpacks(cache, monkeypatch):

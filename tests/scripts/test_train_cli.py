@@ -61,7 +61,7 @@ EMOJI = "--dataset_name=emoji32"
 @pytest.mark.parametrize(
     "args, pattern",
     [
-        (["--dataset_name=nosuch"], r"unknown dataset_name 'nosuch'.*expected one of emoji32, cifar10"),
+        (["--dataset_name=nosuch"], r"unknown dataset_name 'nosuch'.*expected one of emoji32, emoji32-cond, cifar10"),
         ([], r"--dataset_name is missing"),
         ([EMOJI, "--is_second_stage=True"], r"--is_second_stage=True needs --model_path"),
         ([EMOJI, "--num_steps=2"], r"--num_steps=2 leaves no step.*--afs=True.*at least 3"),
