@@ -49,7 +49,9 @@ def test_the_data_sets_of_the_program():
     more = ["emoji32-cond", "lsun_cat", "imagenet64_cm", "imagenet256_adm", "imagenet256_adm_uncond"]
     assert [name for name in ROWS if name in paper] == paper and set(more) < set(ROWS)
     assert all(name == row.name for name, row in ROWS.items())
-    with pytest.raises(UserError, match="unknown dataset_name 'imagenet'; expected one of emoji32, emoji32-cond, cifar10"):
+    with pytest.raises(
+        UserError, match="unknown dataset_name 'imagenet'; expected one of emoji32, emoji32-cond, cifar10"
+    ):
         get_row("imagenet")
 
 
@@ -220,7 +222,9 @@ def test_prefetch_all_is_everything_once():
 
 def test_prefetch_of_an_unknown_name():
     lines, error = run_prefetch("cifar10", "imagenet")
-    assert not lines and error.message.startswith("unknown name 'imagenet'; expected all, emoji32, emoji32-cond, cifar10")
+    assert not lines and error.message.startswith(
+        "unknown name 'imagenet'; expected all, emoji32, emoji32-cond, cifar10"
+    )
 
 
 def test_prefetch_fetches_verifies_and_unpacks(cache, monkeypatch):
