@@ -1,4 +1,4 @@
-"""Fréchet inception distance (FID), and kernel inception distance (KID), of images or of a sampler."""
+"""Fréchet inception distance (FID), kernel inception distance (KID), inception score; of images or of a sampler."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from training.evaluation.extractor import Extractor
 from training.evaluation.figures import INSTALL_MATPLOTLIB, PRDC, draw_by_kimg
 from training.evaluation.functions import Comparison, Images
 from training.evaluation.records import append_records
+from training.evaluation.results import METRICS, check_metrics, judge, needs, show
 from training.evaluation.sources import REFERENCES, Source, open_images, open_reference, seeded_batches, split_blocks
 from training.options import (
     describe_seeds,
@@ -51,7 +52,6 @@ from training.options import (
 )
 from training.runs import find_run
 
-METRICS = ("fid", "kid")
 REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
 
 
@@ -113,37 +113,6 @@ metrics_option = click.option(
 
 # ------------------------------------------------------------------------------------------------------------------
 # Metrics
-
-
-def judge(sets: Sequence[FeatureSet], reference: FeatureSet, metric: str, detector: Detector) -> dict[str, Any]:
-    """One metric of every set against the reference, as fields of a record."""
-    if metric == "kid":
-        found = [kernel_distance(s.features, reference.features) for s in sets]
-        label = "KID" if detector.label == "FID" else f"KD({detector.name})"
-        spread = {"subset_std": [k.std for k in found], "subset_size": found[0].subset_size}
-        return {"metric": label, **summarise([k.mean for k in found]), **spread}
-    values = [calculate_fid(s.mu, s.sigma, reference.mu, reference.sigma) for s in sets]
-    return {"metric": detector.label, **summarise(values)}
-
-
-def summarise(values: Sequence[float]) -> dict[str, Any]:
-    """One value, or the minimum of several (as EDM reports) with mean and standard deviation."""
-    if len(values) == 1:
-        return {"value": values[0]}
-    spread = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1))}
-    return {"value": min(values), **spread, "trials": list(values)}
-
-
-def show(result: dict[str, Any]) -> None:
-    """The bare number for FID, as EDM prints it; anything else with its name."""
-    name = result["metric"]
-    if "trials" not in result:
-        spread = f" ± {result['subset_std'][0]:g}" if "subset_std" in result else ""
-        click.echo(f"{result['value']:g}" if name == "FID" else f"{name} {result['value']:g}{spread}")
-        return
-    click.echo(f"{name} of {len(result['trials'])} trials: " + ", ".join(f"{value:g}" for value in result["trials"]))
-    click.echo(f"{name} mean {result['mean']:g} ± {result['std']:g}")
-    click.echo(f"{name} minimum {result['value']:g}")
 
 
 def finish(
@@ -213,20 +182,21 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
       python fid.py calc --images=samples/ --ref=cifar10
       python fid.py calc --images=samples.zip --ref=my-dataset.zip --metrics=fid,kid --detector=efficientnet-lite0
     """
-    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
+    keep, moments, keep_ref = needs(opts["metrics"])
     plan = {"images": images, "num": num, "seed": seed, "trials": trials, "ref": ref}
     plan |= {"metrics": opts["metrics"], "detector": opts["detector"]}
     if opts["dry_run"] and (missing := missing_paths(images, ref)):
         return show_plan(**plan, missing=missing)
-    source, open_ref = open_images(images), open_reference(ref, statistics=not keep)
+    source, open_ref = open_images(images), open_reference(ref, statistics=not keep_ref)
     blocks = split_blocks(len(source), num, seed, trials)
     check(source)
     if opts["dry_run"]:
         return show_plan(**plan | {"found": len(source), "num": len(blocks[0])})
     extractor = open_extractor(opts, opts["features"])
+    check_metrics(opts["metrics"], extractor.detector)
     real = open_ref()
     check(real)
-    reference = extractor.reference(real, keep, moments)
+    reference = extractor.reference(real, keep_ref, moments)
     sets = extractor.describe(source, blocks, keep, moments)
     finish(sets, reference, real, extractor, dict(images=images, seed=seed, reference=ref), opts)
 
@@ -291,21 +261,22 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     blocks = seed_blocks(seeds, trials)
     if trials > 1 and opts["features"]:
         raise UserError("--features holds the images of one evaluation; leave it or --trials out")
-    keep, moments = opts["metrics"] != ["fid"], "fid" in opts["metrics"]
+    keep, moments, keep_ref = needs(opts["metrics"])
     if opts["dry_run"]:
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
         sampling = plan_sampler(model_path, opts["dataset_name"], choices)
         plan["nfe"] = None if sampling is None else sampling.nfe
         plan |= {**choices.given(), "detector": opts["detector"], "precision": precision, "device": str(device)}
         return show_plan(**plan, missing=missing_paths(ref))
-    open_ref = open_reference(ref, statistics=not keep)
+    open_ref = open_reference(ref, statistics=not keep_ref)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
     opened = open_sampler(model_path, opts["dataset_name"], choices, device, dtype, teacher_path)
     opened.sampler.model.check_class(class_index)
     extractor = open_extractor(opts, opts["features"])
+    check_metrics(opts["metrics"], extractor.detector)
     real = open_ref()
     check(real)
-    reference = extractor.reference(real, keep, moments)
+    reference = extractor.reference(real, keep_ref, moments)
     identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
 
     def compute(block: list[int], keep: bool, moments: bool) -> FeatureSet:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from dnnlib import UserError, first_line, sha256_of
 from torch_utils.checkpoint import check_state_dict
 
 from ..published.torch_checkpoint import read_checkpoint
+from .dinov2 import DINOv2
 from .efficientnet_lite import EfficientNetLite
 from .inception import RESIZES, InceptionV3
 
@@ -61,8 +63,12 @@ LITE = {
         depth=1.1,
     ),
 }
-NAMES = ("inception", *LITE)
+#: No checksum is published for it: the one of the file that was used stands in every record.
+DINOV2 = "dinov2-vitl14"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+NAMES = ("inception", *LITE, DINOV2)
 
+N = TypeVar("N", bound=nn.Module)
 #: On the CPU the kernels, and so the last bits, depend on the size of the batch: it is always this one.
 CPU_BATCH = 8
 
@@ -75,10 +81,12 @@ class Detector:
         label: what to call a Fréchet distance in these features.
         sha256: of the file with the weights.
         dim: number of features.
+        class_weights: `[classes, dim]`, from features to logits of ImageNet's classes; None where there are none.
         resize: how images get the size that the network takes.
     """
 
     precision = "fp32"
+    class_weights: Tensor | None = None
 
     def __init__(
         self, name: str, label: str, sha256: str, resize: str, network: Callable[[Tensor], Tensor], device: torch.device
@@ -149,10 +157,12 @@ def load_detector(
     """
     check_detector(name_or_path)
     device = torch.device(device)
-    if resize != "tf1" and (name_or_path in LITE or name_or_path.endswith(".pt")):
+    if resize != "tf1" and (name_or_path in (*LITE, DINOV2) or name_or_path.endswith(".pt")):
         raise UserError(f"{resize} is a way of Inception; {name_or_path} has its own", "resize")
     if name_or_path == "inception":
         return _inception(fetch_inception(), resize, device)
+    if name_or_path == DINOV2:
+        return _dinov2(device)
     if name_or_path in LITE:
         return _efficientnet_lite(name_or_path, device)
     path = Path(name_or_path)
@@ -174,7 +184,22 @@ def _inception(path: Path, resize: str, device: torch.device) -> Detector:
     digest = sha256_of(path)
     published = digest.startswith(INCEPTION_SHA256)
     name = "inception" if published else path.name
-    return Detector(name, "FID" if published else f"FD({name})", digest, resize, network, device)
+    detector = Detector(name, "FID" if published else f"FD({name})", digest, resize, network, device)
+    detector.class_weights = network.fc.weight
+    return detector
+
+
+def fetch_dinov2() -> Path:
+    from dnnlib.download import cache_dir, fetch
+
+    return fetch((DINOV2_URL,), cache_dir() / DINOV2_URL.rsplit("/", 1)[-1])
+
+
+def _dinov2(device: torch.device) -> Detector:
+    """ViT-L/14; a Fréchet distance in its features is what papers call FD-DINOv2."""
+    path = fetch_dinov2()
+    network = _fill(DINOv2(), path, device)
+    return Detector(DINOV2, f"FD({DINOV2})", sha256_of(path), "antialiased bicubic, 224", network, device)
 
 
 def _efficientnet_lite(name: str, device: torch.device) -> Detector:
@@ -212,7 +237,7 @@ def _torchscript(path: Path, device: torch.device, runs_code: bool) -> Detector:
         ) from None
 
 
-def _fill(network: nn.Module, path: Path, device: torch.device) -> nn.Module:
+def _fill(network: N, path: Path, device: torch.device) -> N:
     """Load a state dict, every name and shape checked; batch norm's counters, which nothing uses, may be missing."""
     expected = network.state_dict()
     counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}

@@ -16,6 +16,7 @@ from published import published
 from dnnlib import UserError
 from models import detectors
 from models.detectors import CPU_BATCH, LITE, load_detector
+from models.detectors.dinov2 import DINOv2
 from models.detectors.efficientnet_lite import EfficientNetLite
 from models.detectors.inception import RESIZES, InceptionV3, resize_tf1
 from torch_utils.checkpoint import check_state_dict
@@ -271,3 +272,94 @@ def write_full(path: Path) -> Path:
     full = path.with_name("full.pth")
     torch.save(recipe(), full)
     return full
+
+
+# --- DINOv2 ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_dinov2(grid: int = 16) -> DINOv2:
+    torch.manual_seed(0)
+    net = DINOv2(dim=128, depth=2, grid=grid).eval().requires_grad_(False)
+    for name, value in net.named_parameters():
+        value.copy_(torch.randn_like(value) * (0.3 if "embed" in name or "token" in name else 0.1))
+    return net
+
+
+def test_dinov2_equals_the_one_of_transformers():
+    """The same weights under the names of another implementation; 224 pixels, so nothing is resized."""
+    transformers = pytest.importorskip("transformers")
+    net = tiny_dinov2()
+    config = transformers.Dinov2Config(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=224)
+    other = transformers.Dinov2Model(config).eval()
+    own, state = net.state_dict(), {}
+    for name in other.state_dict():
+        parts = name.removeprefix("encoder.layer.").removeprefix("layers.").split(".", 1)
+        state[name] = own_tensor(own, name, parts)
+    other.load_state_dict(state)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, [3, 3, 224, 224], np.uint8))
+    with torch.no_grad():
+        expected = other(net.prepare(images)).pooler_output
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def own_tensor(own: dict[str, torch.Tensor], name: str, parts: list[str]) -> torch.Tensor:
+    """The tensor of ours that transformers has under `name`."""
+    renamed = {
+        "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
+        "embeddings.position_embeddings": "pos_embed", "layernorm.weight": "norm.weight", "layernorm.bias": "norm.bias",
+        "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+        "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    }  # fmt: skip
+    if name in renamed:
+        return own[renamed[name]]
+    block, rest = parts
+    for part, words in enumerate(((".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj."))):
+        if any(word in rest for word in words):
+            return own[f"blocks.{block}.attn.qkv.{rest.rsplit('.', 1)[1]}"].chunk(3)[part]
+    for theirs, ours in (("attention.output.dense", "attn.proj"), ("attention.o_proj", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
+                         ("layer_scale2.lambda1", "ls2.gamma")):  # fmt: skip
+        rest = rest.replace(theirs, ours)
+    return own[f"blocks.{block}.{rest}"]
+
+
+def test_position_embeddings_are_resized_as_dinov2_does():
+    """From 37×37 to 16×16 by cubics that are read at (i + 0.5) 37 / 16.1 − 0.5, by hand along one side."""
+    net = tiny_dinov2(grid=37)
+    column = net.pos_embed[0, 1:].view(37, 37, -1).double()
+
+    def weights(x: float) -> np.ndarray:
+        a, found = -0.75, np.zeros(37)
+        start = int(np.floor(x))
+        for k in range(start - 1, start + 3):
+            d = abs(x - k)
+            w = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            found[min(max(k, 0), 36)] += w
+        return found
+
+    matrix = torch.from_numpy(np.stack([weights((i + 0.5) * 37 / 16.1 - 0.5) for i in range(16)]))
+    expected = torch.einsum("ik,jl,kld->ijd", matrix, matrix, column).flatten(0, 1).float()
+    found = net.positions(16)
+    torch.testing.assert_close(found[0, 1:], expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found[:, 0], net.pos_embed[:, 0])
+
+
+def test_dinov2_has_the_published_names_and_sizes():
+    """ViT-L/14 as published: 304,368,640 parameters."""
+    with torch.device("meta"):
+        net = DINOv2()
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert sum(value.numel() for value in net.parameters()) == 304_368_640
+    assert shapes["pos_embed"] == (1, 1370, 1024) and shapes["blocks.23.attn.qkv.weight"] == (3072, 1024)
+    assert len(shapes) == 4 + 2 + 2 + 24 * 14 - 1
+
+
+def test_dinov2_is_loaded_from_its_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setattr(detectors, "DINOv2", lambda: tiny_dinov2(37))
+    torch.save(tiny_dinov2(37).state_dict(), tmp_path / "dinov2_vitl14_pretrain.pth")
+    detector = load_detector("dinov2-vitl14")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, [2, 3, 40, 30], np.uint8))
+    assert detector.dim == 128 and detector.label == "FD(dinov2-vitl14)" and len(detector.sha256) == 64
+    torch.testing.assert_close(detector.features(images), tiny_dinov2(37)(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="a way of Inception"):
+        load_detector("dinov2-vitl14", resize="pytorch-fid")

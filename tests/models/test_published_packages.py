@@ -26,6 +26,7 @@ from prdc import compute_prdc
 from torch_utils.arrays import read_arrays
 from torch_utils.metrics.features import FeatureSet
 from torch_utils.metrics.image_set import ImageDataset
+from torch_utils.metrics.inception_score import inception_score
 from torch_utils.metrics.kernel import kernel_distance
 
 
@@ -130,6 +131,14 @@ def test_fid_equals_torch_fidelity():
     statistics = {"mu": a, "sigma": b}, {"mu": c, "sigma": d}
     expected = torch_fidelity("metric_fid").fid_statistics_to_metric(*statistics, verbose=False)
     assert calculate_fid(a, b, c, d) == pytest.approx(expected["frechet_inception_distance"], rel=1e-9)
+
+
+def test_inception_score_equals_torch_fidelity():
+    weights = torch.from_numpy(np.random.default_rng(3).standard_normal([30, SETS[0].shape[1]]).astype(np.float32))
+    logits = torch.from_numpy(SETS[0]).double() @ weights.double().T
+    isc = torch_fidelity("metric_isc").isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)
+    expected = isc["inception_score_mean"], isc["inception_score_std"]
+    assert inception_score(SETS[0], weights) == pytest.approx(expected, rel=1e-9)
 
 
 def test_fid_equals_pytorch_fid():

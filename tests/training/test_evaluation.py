@@ -19,6 +19,7 @@ from models.detectors import load_detector
 from prdc import compute_prdc
 from torch_utils.arrays import read_arrays, write_arrays
 from torch_utils.metrics.image_set import ImageDataset
+from torch_utils.metrics.inception_score import inception_score
 from training.evaluation.records import append_records, read_records
 from training.evaluation.sources import CHECKSUM, StoredFeatures, StoredStatistics, open_source, rows_checksum
 
@@ -309,6 +310,23 @@ def test_errors_of_functions_are_exceptions_of_one_line(images, words, files, mo
             compute(files / "real", images)
     with pytest.raises(UserError, match=words):
         compute_prdc(images, files / "real")
+
+
+def test_the_inception_score_needs_no_features_of_the_reference(files, tmp_path, monkeypatch):
+    """With made-up class weights for six features; images and trials as for the other metrics."""
+    weights = torch.randn(5, DIM, generator=torch.Generator().manual_seed(0))
+    calc(files, metrics="is").refused("needs class logits, and patches.pt has none")
+    monkeypatch.setattr("models.detectors.Detector.class_weights", weights)
+    statistics = dict(zip(("mu", "sigma"), covariance()))
+    np.savez("x.npz", **statistics)
+    output = calc(files, metrics="is,fid", ref="x.npz").ok().output
+    calc(files, metrics="is", trials=2, out="trials.jsonl").ok()
+    found, _ = read_records("metrics.jsonl")
+    x = Patches()(torch.from_numpy(ImageDataset(files / "fake").load_all())).numpy()
+    assert (found["value"], found["split_std"][0]) == pytest.approx(inception_score(x, weights), rel=1e-6)
+    assert found["metric"] == "IS(patches.pt)" and f"IS(patches.pt) {found['value']:g} ± " in output
+    (trials,) = read_records("trials.jsonl")
+    assert trials["value"] == max(trials["trials"]) and trials["reference_N"] == 20
 
 
 # --- Order and messages ----------------------------------------------------------------------------------------------

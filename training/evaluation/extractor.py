@@ -59,6 +59,8 @@ class Extractor:
 
     def reference(self, source: Source, keep: bool, moments: bool = True) -> FeatureSet:
         """The feature set of all that a reference holds; the cache is for the images that are judged."""
+        if not keep and not moments:
+            return FeatureSet(None if isinstance(source, StoredStatistics) else len(source))
         if not isinstance(source, StoredStatistics):
             return self.without_cache().describe(source, [np.arange(len(source))], keep, moments)[0]
         if keep:
