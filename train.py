@@ -5,13 +5,17 @@ from __future__ import annotations
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import SEED, Command, Real, Whole, device_option, offline_option, precision_option, section
+from models.detectors import check_detector
 from models.registry import ROWS, known_names
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
@@ -19,6 +23,9 @@ from torch_utils.device import configure_backends, pick_device, pick_precision
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, settle, teacher_name
 from training.cost import estimate
+from training.evaluation.commands import missing_paths
+from training.evaluation.curve import Evaluation
+from training.evaluation.sources import REFERENCES
 from training.loggers import LOGGERS, need_logger
 from training.options import teacher_option
 from training.presets import find_preset
@@ -48,6 +55,19 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
     names = {option.lstrip("-"): param.name for param in context.command.params for option in param.opts}
     context.default_map = {names[flag]: value for flag, value in flags.items()}
     return name
+
+
+def planned_evaluation(
+    dataset_name: str, device: torch.device, precision: str, opts: dict[str, Any]
+) -> Callable[[], Evaluation] | None:
+    """What makes the evaluation of snapshots that the options ask for; None for none."""
+    every, ref, detector = opts["eval_every"], opts["eval_ref"] or dataset_name, opts["eval_detector"]
+    if every is None:
+        return None
+    check_detector(detector)
+    if missing_paths(ref):
+        raise UserError(f"{ref} is no reference; expected a path, a URL, or one of {', '.join(REFERENCES)}", "eval_ref")
+    return partial(Evaluation, every, ref, detector, opts["eval_num"], device, precision)
 
 
 @click.command(cls=Command)
@@ -140,6 +160,12 @@ def take_preset(context: click.Context, param: click.Parameter, name: str | None
               "--prompts of sample.py takes them; default: those of training", metavar="TXT|CSV")  # fmt: skip
 @click.option("--log", help="Curves and pictures for one of these too, beside the plain files; wandb stays offline "
               "unless WANDB_MODE says otherwise", type=click.Choice(LOGGERS))  # fmt: skip
+@click.option("--eval_every", help="Fréchet distance of one in so many snapshots, and of the last, as a line of "
+              "metrics.jsonl each; fid.py curve draws them; default: none", type=Whole(1, 10**6))  # fmt: skip
+@click.option("--eval_ref", help="What snapshots are compared with, as for fid.py; default: that of the data set",
+              metavar="NPZ|URL|PATH|NAME")  # fmt: skip
+@click.option("--eval_detector", help="Feature network, as for fid.py", metavar="NAME|PATH", default="inception")
+@click.option("--eval_num", help="Images of an evaluation", type=Whole(2, 10**7), default=2000)
 @click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
 def main(preset: str | None, dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
@@ -170,6 +196,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
     micro_batch(config.batch, batch_gpu, processes)
     if opts["log"] is not None:
         need_logger(opts["log"])
+    evaluation = planned_evaluation(name, device, settings["precision"], opts)
     configure_backends(opts["bench"])
     if opts["dry_run"]:
         if distributed.is_first_process():
@@ -192,6 +219,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         log=opts["log"],
         teacher_path=opts["teacher_path"],
         validation_prompts=opts["validation_prompts"],
+        evaluation=evaluation,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from . import runs
 from .conditions import DROPOUT, INIT, Batches
 from .config import DistillConfig, micro_batch, settle
 from .distill import Distiller, Teacher, load_source, perceptual_loss
+from .evaluation.curve import Evaluation
 from .health import Health, StopRequests
 from .memory import largest_micro_batch
 from .optimizers import set_learning_rate
@@ -32,8 +34,15 @@ from .runs import Intervals, Place
 from .state import TrainingState
 
 
-def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path, intervals: Intervals) -> None:
-    """Iterate to the end of the run; save at the intervals and at the end.
+def distil(
+    state: TrainingState,
+    batches: Batches,
+    report: Report,
+    run_dir: Path,
+    intervals: Intervals,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Iterate to the end of the run; save at the intervals and at the end, and evaluate what was saved.
 
     Raises:
         Stopped: SIGTERM or SIGINT asked for it, on any rank; the state is saved.
@@ -73,7 +82,8 @@ def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path
                 report.tick(ticks, losses, duration, maintenance)
             # The student comes before the state, after which it would be missing for good; who stops has no time for
             # its picture.
-            if not done and ticks // intervals.snap > ticks_before // intervals.snap:
+            snapped = not done and ticks // intervals.snap > ticks_before // intervals.snap
+            if snapped:
                 save_snapshot(state, report, run_dir, intervals, picture=not stopped)
             if done or stopped or ticks // intervals.dump > ticks_before // intervals.dump:
                 state.save(run_dir, intervals.keep)
@@ -84,9 +94,14 @@ def distil(state: TrainingState, batches: Batches, report: Report, run_dir: Path
                 where = f"at kimg {state.images / 1000:g}, the state is saved; repeat the command to go on"
                 report.log(f"Stopped by {by} {where}")
                 raise Stopped(number, message="")
+            if evaluation is not None and snapped and (line := evaluation(run_dir / runs.snapshot_name(state.images))):
+                report.log(line)
             maintenance, tick_start = time.time() - tick_end, time.time()
         # Last of all, for a run that has its last student counts as finished.
         save_snapshot(state, report, run_dir, intervals)
+        last = run_dir / runs.snapshot_name(state.images)
+        if evaluation is not None and (line := evaluation(last, is_last=True)):
+            report.log(line)
 
 
 def save_snapshot(
@@ -156,6 +171,7 @@ def train(
     log: str | None = None,
     teacher_path: str | None = None,
     validation_prompts: str | None = None,
+    evaluation: Callable[[], Evaluation] | None = None,
 ) -> Path:
     """Run or continue a distillation; every rank calls it. Returns the run directory.
 
@@ -163,6 +179,7 @@ def train(
     `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
     docs/reliability.md. For `log` see `training.loggers`, for `teacher_path` `load_source`. `validation_prompts` is a
     file of captions for the pictures of a text-conditioned student, one for each column.
+    `evaluation` makes what evaluates snapshots along the way, once the processes have met.
     """
     if deterministic:
         use_deterministic_algorithms()
@@ -194,9 +211,10 @@ def train(
     if opened.changed:
         report.log(f"Warning: other settings than before: {'; '.join(opened.changed)}")
     distributed.on_first_rank(lambda: runs.cut_stats(opened.path, state.images))
+    evaluate = None if evaluation is None else evaluation()
     report.describe()
     with report.logged(log, {**config.to_json(), **launch}):
-        distil(state, Batches(config, student, prompts, device), report, opened.path, intervals)
+        distil(state, Batches(config, student, prompts, device), report, opened.path, intervals, evaluate)
     report.log(f"Student: {opened.path / runs.snapshot_name(state.images)}")
     report.log(f"Picture: {opened.path / runs.picture_name(state.images)}")
     opened.close()

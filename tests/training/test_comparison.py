@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, flags, invoke, known_as_tiny, run_ranks, student, teacher, write_images
+from tiny import ROOT, TRAIN, flags, invoke, known_as_tiny, run_ranks, same, student, teacher, weights, write_images
 
 from dnnlib import UserError
+from models.detectors import load_detector
 from prdc import compute_prdc
 from torch_utils.metrics.image_set import ImageDataset
 from training.evaluation import comparison
@@ -278,3 +279,36 @@ def test_a_curve_of_nothing_is_one_line(files, tmp_path):
         ("empty", dict(figure="x.jpg"), "--figure: x.jpg is no figure"),
     ):  # fmt: skip
         curve(files, run=run, **changes).refused(words)
+
+
+# --- Along a training run --------------------------------------------------------------------------------------------
+
+
+def trained(files: Path, outdir: str, *more, **changes):
+    (files / "named.pth").touch()
+    own = {"model_path": teacher(), "outdir": outdir, "snap": 1, "eval_detector": files / "named.pth"}
+    return invoke("train", *flags(TRAIN, own, changes), "--nosubdir", *more)
+
+
+def test_snapshots_are_evaluated_along_the_way_and_training_does_not_notice(files, monkeypatch):
+    """As `fid.py curve` does it afterwards, which then has nothing left to do; the weights are those of a run without."""
+    detector = load_detector(str(files / "colours.pt"), "cpu", runs_code=True)
+    monkeypatch.setattr(curve_module, "load_detector", lambda *args: detector)
+    output = trained(files, "with", eval_every=1, eval_num=9, eval_ref=files / "real").ok().output
+    trained(files, "without").ok()
+    found = read_records("with/metrics.jsonl")
+    assert len(found) >= 4 and all(record["N"] == 9 and record["kimg"] == 0 for record in found)
+    assert f"FD(colours.pt) {found[-1]['value']:g} of 9 images at kimg 0" in output
+    assert same(weights(Path("with")), weights(Path("without"))) and not Path("without/metrics.jsonl").exists()
+    curve(files, run="with").ok()
+    assert read_records("with/metrics.jsonl") == found
+
+
+def test_an_evaluation_that_cannot_be_is_refused_before_the_run(files):
+    for changes, words in (
+        (dict(eval_every=1), "--eval_ref: .*no reference"),
+        (dict(eval_every=1, eval_ref="nowhere.npz"), "--eval_ref: nowhere.npz is no reference"),
+        (dict(eval_every=1, eval_ref=files / "real", eval_detector="nothing"), "--eval_detector|nothing is unknown"),
+    ):
+        trained(files, "out", **changes).refused(words)
+    assert not Path("out").exists()

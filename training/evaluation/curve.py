@@ -11,15 +11,19 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, sha256_of
+from models.detectors import check_detector, load_detector
 from models.sampling import SamplerOptions, open_sampler
 from torch_utils import distributed
+from torch_utils.device import PRECISIONS
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
 
 from .extractor import Extractor
 from .records import append_records, find_record
-from .sources import seeded_batches
+from .sources import open_reference, seeded_batches
 
+#: Images at a time of an evaluation along a training run.
+EVALUATION_BATCH = 64
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
 
 
@@ -64,6 +68,42 @@ def evaluate(
             result = distributed.on_first_rank(partial(_judge, made, reference, key, extractor, opened.name, out))
         found.append(result)
     return found
+
+
+class Evaluation:
+    """Along a training run: the Fréchet distance of its snapshots, as `fid.py curve` computes it.
+
+    Args:
+        every: of so many snapshots one is evaluated, and the last one.
+        ref: as for `fid.py`, images or statistics.
+        detector: name or path.
+        num: images; seeds 0 to num − 1.
+
+    Raises:
+        UserError: a reference or detector that cannot be used, before the run begins.
+    """
+
+    def __init__(self, every: int, ref: str, detector: str, num: int, device: torch.device, precision: str) -> None:
+        check_detector(detector)
+        open_ref = open_reference(ref, statistics=True)
+        self.every, self.seeds, self.dtype, self.seen = every, range(num), PRECISIONS[precision], 0
+        self.extractor = Extractor(load_detector(detector, device), EVALUATION_BATCH, workers=0)
+        source = open_ref()
+        self.reference = self.extractor.reference(source, keep=False)
+        self.facts: dict[str, Any] = {"seeds": f"0-{num - 1}", "precision_of_samples": precision, "reference": ref}
+        self.facts |= {"reference_N": self.reference.count}
+        self.facts["reference_sha256"] = distributed.on_first_rank(source.fingerprint)
+
+    def __call__(self, path: Path, is_last: bool = False) -> str | None:
+        """Evaluate a snapshot if it is its turn, every rank its share; returns a line that says the result."""
+        self.seen += 1
+        match = SNAPSHOT.fullmatch(path.name)
+        if match is None or (self.seen % self.every and not is_last):
+            return None
+        options, out = SamplerOptions(), path.parent / "metrics.jsonl"
+        (found,) = evaluate({int(match[1]): path}, options, self.seeds, self.reference, self.extractor, self.dtype,
+                            self.facts, out)  # fmt: skip
+        return f"{found['metric']} {found['value']:g} of {len(self.seeds)} images at kimg {found['kimg']}"
 
 
 def _judge(
