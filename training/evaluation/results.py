@@ -15,13 +15,14 @@ from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.inception_score import inception_score
 from torch_utils.metrics.kernel import kernel_distance
 
-#: By the names of `--metrics`.
-METRICS = ("fid", "kid", "is")
+#: Name in `--metrics` → whether it needs the features of the images, and those of the reference, rather than moments.
+METRICS = {"fid": (False, False), "kid": (True, True), "is": (True, False)}
 
 
 def needs(metrics: Sequence[str]) -> tuple[bool, bool, bool]:
-    """Whether images need their features kept, whether both sides need moments, and the reference its features."""
-    return bool(set(metrics) & {"kid", "is"}), "fid" in metrics, "kid" in metrics
+    """Whether features of images are needed, moments of both sides, and features of the reference."""
+    images, reference = (any(METRICS[name][side] for name in metrics) for side in (0, 1))
+    return images, "fid" in metrics, reference
 
 
 def check_metrics(metrics: Sequence[str], detector: Detector) -> None:
