@@ -502,7 +502,7 @@ def test_a_guided_teacher_leads_away_from_the_negative_caption(files, tmp_path, 
     config = DistillConfig("ms_coco", guidance_type="teacher", guidance_rate=3.0, negative_prompt=negative, M=0,
                            schedule_type="discrete", schedule_rho=1)  # fmt: skip
     with known_as_published("ms_coco", files):
-        _, teacher, student = loop.load_models(config, CPU)
+        teacher, student = loop.load_models(config, CPU)
         cat, free = student.encode_text(["a cat"]), student.encode_text([negative or ""])
         assert (free - student.encode_text([""])).abs().max() > 0 or negative is None
         x, sigma = torch.randn(1, 4, 8, 8), 5.0

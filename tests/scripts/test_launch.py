@@ -33,8 +33,8 @@ def launch(tmp_path):
     """Run launch.sh with a python that writes down how it is called; returns the process and the calls."""
     calls = tmp_path / "calls"
     shim = f"""[ "$2" = training.presets ] && exec {shlex.quote(sys.executable)} "$@"
-case "$*" in *metadata*) exit 1;; "-c "*) echo 1; exit;; "-m pip --version") exit 0;; esac
 [ "$1" = dnnlib/packages.py ] && {{ [ -z "$LACKS" ] || grep -qs "install.*$LACKS" {shlex.quote(str(calls))} || echo "$LACKS"; exit; }}
+case "$*" in *metadata*) exit 1;; "-c "*) echo 1; exit;; "-m pip --version") exit 0;; esac
 echo $WORLD_SIZE "$@" >> {shlex.quote(str(calls))}
 """
     executable(tmp_path / "python", shim)

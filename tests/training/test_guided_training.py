@@ -91,7 +91,7 @@ def test_from_the_command_line_to_images_without_guidance(variable, guide, tmp_p
     result = invoke("sample", *flags(SAMPLE, model_path=run_dir, seeds="0-1", outdir="out")).ok()
     assert "NFE 2," in result.output and (pixels(tmp_path / "out", 0) != pixels(tmp_path / "out", 1)).any()
     # The sheet shows the teacher as it was distilled: guided, at twice the evaluations.
-    sheet = invoke("sample", *flags(SAMPLE, model_path=run_dir, seeds="0-1", outdir="out", compare=True)).ok()
+    sheet = invoke("sample", *flags(SAMPLE, model_path=run_dir, seeds="0-1", outdir="sheet", compare=True)).ok()
     nfes = [line.split("|")[2].strip() for line in sheet.output.splitlines() if line.startswith("| ")][1:]
     assert nfes[0] == "70" and nfes[-1] == "2"
 
@@ -215,7 +215,7 @@ def test_a_missing_guide_is_one_line(tmp_path):
 
 def test_guides_are_no_part_of_the_student(guide):
     settings = config(guide=str(guide))
-    _, source, student = load_models(settings, CPU)
+    source, student = load_models(settings, CPU)
     assert source.model.guide is not None and student.guide is None
     assert set(student.state_dict()) == {f"net.{name}" for name in tiny_network(label_dim=3).state_dict()}
     source.model.compute_dtype = torch.bfloat16
