@@ -41,8 +41,9 @@ def test_a_command_names_the_flag_that_an_error_is_about(main, arguments, said, 
     assert capsys.readouterr().err == said + "\n"
 
 
-def test_an_error_without_a_flag_is_its_message():
-    assert str(UserError("it is out of range", "class_index")) == "it is out of range"
+def test_from_python_an_error_names_what_it_is_about():
+    assert str(UserError("it is out of range", "class_index")) == "class_index: it is out of range"
+    assert str(UserError("it is out of range")) == "it is out of range"
 
 
 @pytest.mark.parametrize(
