@@ -127,7 +127,7 @@ def test_second_stage_keeps_the_guidance_that_its_teacher_learnt(tmp_path):
 def test_evaluations_are_counted_twice(guide):
     assert config().teacher_plan(4).nfe == 2 * config(guidance_rate=1.0).teacher_plan(4).nfe
     assert config().student_plan(4).nfe == 2
-    assert "teacher: 12 evaluations" in describe(config())
+    assert "teacher: 12 evaluations" in describe(config(), "exps")
     net, small = tiny_network(label_dim=3), load_teacher(None, guide).net
     plain, guided = (run_cost(config(guidance_rate=rate), net) for rate in (1.0, 2.5))
     assert (guided.teacher, guided.student) == (2 * plain.teacher, plain.student)
