@@ -300,7 +300,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 
 def test_weights_that_are_not_finite_end_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.pretrain.learning_rate", lambda *_: 1e38)
+    monkeypatch.setattr("training.pretrain.learning_rate", lambda *_: 1e30)
     data = write_images(tmp_path / "data", 10)
     pretrain(data, tmp_path / "run", kimg=0.064).refused(r"loss or weights are not finite .* --lr below")
     assert not (tmp_path / "run" / "teacher.safetensors").exists() and not (tmp_path / "run" / "state.pt").exists()
