@@ -71,9 +71,9 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1 and device.index is not None:
-            raise UserError(f"--device={name} is one GPU for {processes} processes; leave the number out")
+            raise UserError(f"{name} is one GPU for {processes} processes; leave the number out", "device")
         if processes > count > 0:
-            raise UserError(f"{processes} processes for {count} GPUs; start at most one for each, or use --device=cpu")
+            raise UserError(f"{processes} processes for {count} GPUs; start at most one for each, or use cpu", "device")
         index = local_rank if device.index is None else device.index
         if index >= count:
             raise UserError(f"{name} needs GPU {index}, this machine shows {count}; use cpu", "device")

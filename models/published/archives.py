@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from dnnlib import UserError, first_line, replacing
 
-from .pickle_machine import Refused, shown
+from .pickle_records import Refused, shown
 
 #: Weights hardly compress; an archive that promises more than this is a bomb. Small files are always fine.
 MAX_RATIO, MAX_UNCHECKED = 20, 64 << 20

@@ -30,18 +30,8 @@ from dnnlib import UserError
 
 from ..latent import LatentScale
 from .pickle_globals import FUNCTIONS, NUMPY_ARRAY, STORAGE_DTYPES, refuse_global
-from .pickle_machine import (
-    ArrayRecord,
-    Budget,
-    ClassRecord,
-    Machine,
-    NotPlain,
-    ObjectRecord,
-    Refused,
-    TensorRecord,
-    map_file,
-    shown,
-)
+from .pickle_machine import Machine, map_file
+from .pickle_records import ArrayRecord, Budget, ClassRecord, NotPlain, ObjectRecord, Refused, TensorRecord, shown
 
 MAX_DEPTH = 16
 MAX_NAME = 300

@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 
-from .pickle_machine import (
+from .pickle_machine import Machine, checked_keys
+from .pickle_records import (
     ArrayRecord,
     Budget,
     ClassRecord,
     Function,
-    Machine,
     NumpyType,
     ObjectRecord,
     Refused,
     StorageRecord,
     TensorRecord,
-    checked_keys,
     extent,
     shown,
 )

@@ -29,7 +29,8 @@ from dnnlib import UserError, first_line
 
 from .archives import DAMAGED_ZIP
 from .pickle_globals import FUNCTIONS, STORAGE_DTYPES, TORCH_MAGIC, TORCH_VERSION, refuse_global
-from .pickle_machine import Budget, Machine, Refused, StorageRecord, TensorRecord, map_file, shown
+from .pickle_machine import Machine, map_file
+from .pickle_records import Budget, Refused, StorageRecord, TensorRecord, shown
 
 #: Kernels take other paths, and round in another order, where tensors are less aligned than those that torch allocates.
 ALIGNMENT = 64

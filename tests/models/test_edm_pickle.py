@@ -35,7 +35,7 @@ from models import EDM2Precond, EDMPrecond
 from models.building import build_network
 from models.latent import LatentScale
 from models.published.edm_pickle import read_edm_pickle
-from models.published.pickle_machine import MAX_STEPS
+from models.published.pickle_records import MAX_STEPS
 
 IMAGES = dict(img_resolution=16, img_channels=3)
 SONG = dict(IMAGES, model_type="SongUNet", model_channels=8, num_blocks=1, attn_resolutions=[8])

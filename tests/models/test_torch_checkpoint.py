@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dnnlib import UserError
-from models.published import archives, pickle_machine, torch_checkpoint
+from models.published import archives, pickle_records, torch_checkpoint
 from models.published.archives import extract_member
 from models.published.torch_checkpoint import read_checkpoint
 
@@ -495,7 +495,7 @@ def test_files_that_are_not_there_or_hold_no_weights(tmp_path):
 def test_endless_work_is_refused(tmp_path, monkeypatch):
     with torch_pickle(tmp_path / "a.pt") as opcodes:
         opcodes += [b"N0"] * 600 + [b"."]
-    monkeypatch.setattr(torch_checkpoint, "Budget", lambda: pickle_machine.Budget(1000))
+    monkeypatch.setattr(torch_checkpoint, "Budget", lambda: pickle_records.Budget(1000))
     assert "steps" in error_of(tmp_path / "a.pt")
 
 

@@ -342,7 +342,7 @@ def test_bad_input_is_one_line(files, tmp_path):
         (dict(ref="nan.npz"), "not finite"),
         (dict(ref="broken.npz"), "not a readable .npz"),
         (dict(ref="wide.npz", metrics="kid"), "needs reference images or features"),
-        (dict(num=61), "found 60 images, fewer than --num=61"),
+        (dict(num=61), "--num: found 60 images, fewer than 61"),
         (dict(seed="0,1"), "give --num below that"),
         (dict(seed="0,1", num=5, trials=2), "give one of them"),
         (dict(trials=7), "do not make 7 blocks"),

@@ -301,7 +301,7 @@ def test_after_an_error_nobody_waits_for_nccl(config, calls, monkeypatch):
 @pytest.mark.parametrize(
     "name, processes, gpus, message",
     [
-        ("cuda:0", 2, 2, "--device=cuda:0 is one GPU for 2 processes; leave the number out"),
+        ("cuda:0", 2, 2, "device: cuda:0 is one GPU for 2 processes; leave the number out"),
         ("cuda", 4, 2, "4 processes for 2 GPUs"),
         (None, 2, 1, "2 processes for 1 GPUs"),
         ("cuda:3", 1, 2, "needs GPU 3, this machine shows 2"),

@@ -51,7 +51,7 @@ def test_images_are_chosen_as_edm_does():
     assert choose(10, 4, 7).tolist() == sorted(expected[:4].tolist())
     assert choose(10, 4, 7 + 2**31).tolist() == choose(10, 4, 7).tolist()
     assert choose(10, 10, 7).tolist() == choose(10).tolist() == list(range(10))
-    with pytest.raises(UserError, match="found 10 images, fewer than --num=11"):
+    with pytest.raises(UserError, match="num: found 10 images, fewer than 11"):
         choose(10, 11)
 
 

@@ -325,7 +325,7 @@ def test_features_are_kept_and_used_again(files):
 def test_bad_input_is_one_line(files, tmp_path):
     (tmp_path / "empty").mkdir()
     for changes, words in (
-        (dict(num=31), "found 30 images, fewer than --num=31"),
+        (dict(num=31), "--num: found 30 images, fewer than 31"),
         (dict(num=5), "--num=5 is too few for --nearest_k=5"),
         (dict(images=tmp_path / "empty"), "holds no image"),
         (dict(images_ref=tmp_path / "absent"), "absent does not exist"),

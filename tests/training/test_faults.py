@@ -487,8 +487,9 @@ def test_torchrun_recovers_from_the_death_of_a_rank_by_itself(resume, tmp_path):
     assert same(weights(only_run(tmp_path / "parts")), whole_run(tmp_path, 2, M=0, tick=0.008))
 
 
-@pytest.mark.slow
-def test_torchrun_forwards_sigterm(tmp_path):
+@contextlib.contextmanager
+def long_run_under_torchrun(tmp_path: Path):
+    """A long training run of two ranks that has reported already, as (arguments, torchrun's process)."""
     args = train_flags(teacher(), outdir=tmp_path / "parts", **{**NO_DUMPS, "total_kimg": 50})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with open(tmp_path / "out", "w") as out:
@@ -497,6 +498,16 @@ def test_torchrun_forwards_sigterm(tmp_path):
         deadline = time.monotonic() + TIMEOUT
         while not list(tmp_path.glob(f"parts/*/{STATS}")) and time.monotonic() < deadline:
             time.sleep(0.05)
+        try:
+            yield args, process
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_torchrun_forwards_sigterm(tmp_path):
+    with long_run_under_torchrun(tmp_path) as (_, process):
         process.send_signal(signal.SIGTERM)
         code = process.wait(TIMEOUT)
     output = (tmp_path / "out").read_text()
@@ -519,18 +530,12 @@ def test_a_rank_whose_launcher_is_gone_stops(monkeypatch):
 @pytest.mark.slow
 def test_ranks_end_when_torchrun_is_killed(tmp_path):
     """They save their state; until they have ended, the same command does not start a second run."""
-    args = train_flags(teacher(), outdir=tmp_path / "parts", **{**NO_DUMPS, "total_kimg": 50})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *args], cwd=tmp_path, stdout=out, stderr=out,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        deadline = time.monotonic() + TIMEOUT
-        while not list(tmp_path.glob(f"parts/*/{STATS}")) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with long_run_under_torchrun(tmp_path) as (args, process):
         run_dir = only_run(tmp_path / "parts")
         invoke("train", *args).refused("is being trained by another process")
         process.kill()
         process.wait()
+    deadline = time.monotonic() + TIMEOUT
     held = None
     while held is None and time.monotonic() < deadline:
         time.sleep(0.1)

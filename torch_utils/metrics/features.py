@@ -54,7 +54,7 @@ def choose(count: int, num: int | None = None, seed: int = 0) -> np.ndarray:
     if num is None or num == count:
         return indices
     if num > count:
-        raise UserError(f"found {count} images, fewer than --num={num}; lower --num or add images")
+        raise UserError(f"found {count} images, fewer than {num}; ask for fewer, or add images", "num")
     np.random.RandomState(seed % 2**31).shuffle(indices)
     return np.sort(indices[:num])
 
