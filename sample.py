@@ -20,9 +20,10 @@ from dnnlib.progress import progress
 from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
+from torch_utils.graphs import check_mode
 from torch_utils.image_writer import ImageWriter, refuse_samples
 from torch_utils.images import draw_grid, save_picture, square_rows
-from training.options import dry_run_option, sample_options, sampler_options, solver_options
+from training.options import cuda_graph_option, dry_run_option, sample_options, sampler_options, solver_options
 
 #: Pixels: height of a line of text in a picture, and the size up to which small images are enlarged.
 LABEL, TILE = 16, 64
@@ -113,6 +114,7 @@ def write_comparison(
 @click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64)
 @precision_option
 @device_option
+@cuda_graph_option
 @offline_option
 @dry_run_option
 def main(model_path: str, dataset_name: str | None, seeds: list[int], class_index: int | None, **opts: Any) -> None:
@@ -128,6 +130,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
+    check_mode(opts["cuda_graph"], device)
     options = sampler_options(opts)
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
@@ -140,7 +143,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     configure_backends()
     distributed.init(device)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
-    opened = open_sampler(model_path, dataset_name, options, device, dtype, teacher_path)
+    opened = open_sampler(model_path, dataset_name, options, device, dtype, teacher_path, opts["cuda_graph"])
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
     # A picture among the samples would be one of the images that an evaluation counts.

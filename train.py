@@ -20,6 +20,7 @@ from models.registry import ROWS, known_names
 from solvers import SCHEDULES, SOLVERS
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device, pick_precision
+from torch_utils.graphs import check_mode
 from training import loop
 from training.config import DistillConfig, check, describe, micro_batch, settle, teacher_name
 from training.cost import estimate
@@ -27,7 +28,7 @@ from training.evaluation.commands import missing_paths
 from training.evaluation.curve import Evaluation
 from training.evaluation.sources import REFERENCES
 from training.loggers import LOGGERS, need_logger
-from training.options import teacher_option
+from training.options import cuda_graph_option, teacher_option
 from training.presets import find_preset
 from training.runs import Intervals, Place, plan_run
 
@@ -144,6 +145,7 @@ def planned_evaluation(
 @click.option("--bench", help="Let cuDNN time its algorithms", type=bool, default=True)
 @click.option("--deterministic", help="CUDA: equal runs give equal weights, more slowly; --bench is off then",
               is_flag=True)  # fmt: skip
+@cuda_graph_option
 @offline_option
 @click.option("--grad_compression", help="Several processes: send gradients as they are, or in bf16, half of the bytes",
               type=click.Choice(list(distributed.COMPRESSIONS)), default="none")  # fmt: skip
@@ -196,6 +198,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
     micro_batch(config.batch, batch_gpu, processes)
     if opts["log"] is not None:
         need_logger(opts["log"])
+    check_mode(opts["cuda_graph"], device)
     evaluation = planned_evaluation(name, device, settings["precision"], opts)
     configure_backends(opts["bench"])
     if opts["dry_run"]:
@@ -216,6 +219,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         batch_gpu=opts["batch_gpu"],
         gradient_checkpointing=opts["gradient_checkpointing"],
         deterministic=opts["deterministic"],
+        cuda_graph=opts["cuda_graph"],
         log=opts["log"],
         teacher_path=opts["teacher_path"],
         validation_prompts=opts["validation_prompts"],

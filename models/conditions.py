@@ -44,6 +44,11 @@ class Conditions:
         """For `batch` samples, from those for as many or for one."""
         return self.map(lambda part: part.expand(batch, *part.shape[1:]))
 
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """What `Conditions(*parts)` makes it of."""
+        return self.tokens, self.pooled, self.time_ids
+
     @staticmethod
     def cat(several: Sequence[Conditions]) -> Conditions:
         """One batch of several."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dnnlib import UserError, first_line
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
+from torch_utils.graphs import Graphs
 from torch_utils.images import to_uint8
 
 from .conditions import Conditions
@@ -243,6 +244,15 @@ class DiffusionModel(nn.Module):
     def denoiser(self, given: Given, guidance_rate: float = 1.0, step_condition: float | None = None) -> Denoiser:
         """`denoise` as solvers call it: for `given` as above, and the number of timestamps that the network is told."""
         return partial(self, step_condition=step_condition, **self.conditioning(given, guidance_rate))
+
+    def replayed(
+        self, graphs: Graphs, function: Callable[[Tensor, Given], Tensor], key: Hashable, x: Tensor, given: Given
+    ) -> Tensor:
+        """`function(x, given)`, which is made of `denoise`, by `graphs`; `key` is all that it depends on besides."""
+        key = key, self.compute_dtype, self.negative_prompt
+        if isinstance(given, Conditions):
+            return graphs(lambda x, *parts: function(x, Conditions(*parts)), key, x, *given.parts)
+        return graphs(function, key, x, given)
 
     def denoise(
         self,

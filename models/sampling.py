@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 
 from dnnlib import UserError
 from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
+from torch_utils.graphs import Graphs
 from torch_utils.images import to_uint8
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 
@@ -45,6 +46,7 @@ class Sampler:
         sigmas: noise levels, float64 `[num_steps]`.
         step_condition: number of timestamps, for a step-conditioned network.
         prompts: captions, for a text-conditioned model; a list has one for each sample.
+        graphs: what replays whole runs on a GPU.
     """
 
     model: DiffusionModel
@@ -52,15 +54,21 @@ class Sampler:
     sigmas: Tensor
     step_condition: float | None = None
     prompts: Prompts | Sequence[str] | None = None
+    graphs: Graphs = field(default_factory=Graphs)
 
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
         return self.plan.nfe
 
-    @torch.no_grad()
     def run(self, x: Tensor, cond: Given, callback: Callback | None = None) -> Tensor:
         """Final states `[B, C, H, W]` from `x` at σ_max; `cond` are labels or text conditions; see `solve`."""
+        if callback is not None:  # which looks at every step
+            return self._run(x, cond, callback)
+        return self.model.replayed(self.graphs, self._run, None, x, cond)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, cond: Given, callback: Callback | None = None) -> Tensor:
         plan = self.plan
         denoise = self.model.denoiser(cond, plan.guidance_rate, self.step_condition)
         x = solve(plan.solver, denoise, x, self.sigmas, plan.afs, plan.num_steps - 1, callback)[-1]
@@ -307,6 +315,7 @@ def open_sampler(
     device: torch.device,
     dtype: torch.dtype,
     teacher_path: str | None = None,
+    cuda_graph: str = "auto",
 ) -> OpenedSampler:
     """The sampler that a command line describes.
 
@@ -316,6 +325,7 @@ def open_sampler(
         options: solver and schedule for a teacher; `STUDENT_OPTIONS` alone for a student.
         dtype: of the network's core.
         teacher_path: where a student's teacher is, if not where it was.
+        cuda_graph: mode of `Graphs`.
 
     Raises:
         UserError: whatever does not fit together.
@@ -355,6 +365,7 @@ def open_sampler(
         texts = hashlib.sha256("\n".join(prompts.texts).encode()).hexdigest()
         identity |= {"guidance_rate": sampler.plan.guidance_rate, "prompts": texts, "drawn": prompts.drawn}
     digest = None if path is None else digest_of(path)
+    sampler = replace(sampler, graphs=Graphs(cuda_graph))
     return OpenedSampler(sampler, name, {"model": name, "sha256": digest, **identity})
 
 

@@ -19,6 +19,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
+from graph_stand_in import graphs_on_the_cpu
 from torch import Tensor
 
 from models.detectors.inception import InceptionV3
@@ -38,6 +41,7 @@ from models.registry import get_row
 from models.sampling import student_sampler
 from torch_utils.checkpoint import read_network
 from torch_utils.device import PRECISIONS, channels_last_on, configure_backends, plain_operations
+from torch_utils.graphs import Graphs
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 from training import bench
 from training.conditions import draw_noise
@@ -266,6 +270,11 @@ def sampling() -> None:
         student.compute_dtype = PRECISIONS[precision]
         off = abs(student_sampler(student).images(range(16)).astype(int) - expected)
         check(f"16 images, {precision}", off.max() <= bound, largest=int(off.max()), mean=float(off.mean()))
+    with graphs_on_the_cpu() if OPTIONS.tiny else nullcontext():
+        lines: list[str] = []
+        plain, sampler = student_sampler(student), replace(student_sampler(student), graphs=Graphs("on", lines.append))
+        off = abs(sampler.images(range(64), batch=16).astype(int) - plain.images(range(64), batch=16))
+    check("64 images as CUDA graphs", off.max() <= 1 and not lines, largest=int(off.max()), said=lines)
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -302,7 +311,7 @@ def resume() -> None:
 
 
 def stages(name: str, batch: int) -> None:
-    """Every stage of the benchmark in both memory orders, the trajectory as a CUDA graph, and an evaluation compiled."""
+    """Every stage of the benchmark in both memory orders, a trajectory as a CUDA graph, and an evaluation compiled."""
     row = get_row(name)
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
     precision = "bf16" if OPTIONS.tiny else "fp16"
@@ -318,14 +327,16 @@ def stages(name: str, batch: int) -> None:
                 bench.measure(timing, action, device(), 1 if OPTIONS.tiny else 3, warm_up=not OPTIONS.tiny)
                 label = f"{name}, {'channels_last' if order else 'contiguous'}, {stage}"
                 say("INFO", label, ms=1e3 * timing.seconds, items=batch, GiB=timing.memory / 2**30)
-    if OPTIONS.tiny:
-        return
     freeze(setup.distiller.teacher.model)
-    graph_and_compile(name, setup, config)
+    with graphs_on_the_cpu() if OPTIONS.tiny else nullcontext():
+        trajectory_as_graph(name, setup, config)
+    if not OPTIONS.tiny and left() > 150:
+        compiled(name, setup)
 
 
-def graph_and_compile(name: str, setup: bench.Setup, config: DistillConfig) -> None:
-    teacher, size = setup.distiller.teacher, setup.distiller.micro_batch_size
+def trajectory_as_graph(name: str, setup: bench.Setup, config: DistillConfig) -> None:
+    """A trajectory replayed as a CUDA graph against its launches one by one, and what --cuda_graph=auto makes of it."""
+    teacher, size, lines = setup.distiller.teacher, setup.distiller.micro_batch_size, []
     x = setup.samples[:size] * setup.distiller.student.sigma_max
     cond = None if setup.given is None else setup.given[:size]
 
@@ -333,25 +344,29 @@ def graph_and_compile(name: str, setup: bench.Setup, config: DistillConfig) -> N
         return teacher.trajectory(x, cond, config.num_steps)
 
     expected, plain = action(), timed(action)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        action()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        states = action()
-    took = timed(graph.replay)
-    error = relative(states, expected)
-    check(f"{name}: a trajectory as a CUDA graph", error < 1e-2, ms=1e3 * took, plain_ms=1e3 * plain, relative=error)
-    if left() > 150:
-        net, inputs = teacher.model.net, random_inputs(teacher.model.net, size, device())
-        began, quick = time.time(), torch.compile(net)
-        with torch.no_grad():
-            quick(**inputs)
-            first = time.time() - began
-            ms, plain_ms = (1e3 * timed(lambda n=n: n(**inputs)) for n in (quick, net))
-        say("INFO", f"{name}: an evaluation by torch.compile", ms=ms, plain_ms=plain_ms, compiling_s=first)
+    teacher.graphs = Graphs("on", lines.append)
+    states = [action() for _ in range(4)][-1]
+    error, took = relative(states, expected), timed(action)
+    fine = error < 1e-2 and not lines
+    check(
+        f"{name}: a trajectory as a CUDA graph", fine, ms=1e3 * took, plain_ms=1e3 * plain, relative=error, said=lines
+    )
+    teacher.graphs = Graphs("auto")
+    action()
+    action()
+    say("INFO", f"{name}: --cuda_graph=auto", kept=all(teacher.graphs._recordings.values()))
+    teacher.graphs = Graphs("off")
+
+
+def compiled(name: str, setup: bench.Setup) -> None:
+    net = setup.distiller.teacher.model.net
+    inputs = random_inputs(net, setup.distiller.micro_batch_size, device())
+    began, quick = time.time(), torch.compile(net)
+    with torch.no_grad():
+        quick(**inputs)
+        first = time.time() - began
+        ms, plain_ms = (1e3 * timed(lambda n=n: n(**inputs)) for n in (quick, net))
+    say("INFO", f"{name}: an evaluation by torch.compile", ms=ms, plain_ms=plain_ms, compiling_s=first)
 
 
 def cifar10() -> None:

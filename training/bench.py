@@ -45,6 +45,7 @@ from torch_utils.device import (
     pick_precision,
     prefers_channels_last,
 )
+from torch_utils.graphs import Graphs, check_mode
 from torch_utils.images import to_uint8
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
@@ -54,6 +55,7 @@ from .cost import TRAINED, Cost, matrix_peak, run_cost, timed
 from .distill import Distiller, Teacher
 from .inputs import fill_randomly, random_inputs
 from .memory import largest_micro_batch
+from .options import cuda_graph_option
 
 #: Evaluations of the students that are sampled.
 NFES = (2, 3, 4, 5)
@@ -101,8 +103,8 @@ class Setup:
     given: Given
 
 
-def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device) -> Setup:
-    """The published network of `row` with random weights, in the precision of `config`."""
+def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device, cuda_graph: str = "off") -> Setup:
+    """The published network of `row` with random weights, in the precision of `config`; for the mode see `Graphs`."""
     net = build_on_meta(row).to_empty(device=device)
     fill_randomly(net)
     latent = None if row.codec is None else _random_latent_space(row)
@@ -114,7 +116,7 @@ def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device) ->
     sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
     student = make_student(teacher, sampling)
     teacher.compute_dtype = student.compute_dtype = PRECISIONS[config.precision]
-    trajectories = Teacher(teacher, config, sampling)
+    trajectories = Teacher(teacher, config, sampling, Graphs(cuda_graph))
     size = largest_micro_batch(trajectories, student, None, config.batch)
     distiller = Distiller(trajectories, student, config, size)
     torch.manual_seed(0)
@@ -148,10 +150,15 @@ def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[]
         states, conditions = [part for part, _ in parts], [part for _, part in parts]
         distiller._step(1, states, states, conditions, sigmas[1:3], student.sampling)
 
-    def sample(nfe: int) -> None:
+    def make_sampler(nfe: int) -> Sampler:
+        settings, graphs = (
+            replace(student.sampling, num_steps=nfe + 1 + config.afs),
+            Graphs(distiller.teacher.graphs.mode),
+        )
+        return Sampler(student, settings.plan, settings.schedule(student.noise_schedule), graphs=graphs)
+
+    def sample(sampler: Sampler) -> None:
         student.eval()
-        settings = replace(student.sampling, num_steps=nfe + 1 + config.afs)
-        sampler = Sampler(student, settings.plan, settings.schedule(student.noise_schedule))
         for part, conditions in _parts(x, given, min(distiller.micro_batch_size, network_batch(student, len(x)))):
             states = sampler.run(part * student.sigma_max, conditions)
             if not student.is_latent:
@@ -162,7 +169,7 @@ def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[]
         "teacher trajectory": teach,
         "student step": step,
     }
-    actions |= {f"sampling, NFE {nfe}": partial(sample, nfe) for nfe in NFES}
+    actions |= {f"sampling, NFE {nfe}": partial(sample, make_sampler(nfe)) for nfe in NFES}
     if student.is_latent:
         actions["decoding"] = lambda: student.decode(x[:4])
     return actions
@@ -262,6 +269,7 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @precision_option
 @click.option("--channels_last", help="Memory order of the U-Nets; default: True on the CPU alone", type=bool)
 @device_option
+@cuda_graph_option
 @click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
 def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
     """Time training, sampling and evaluation on this device.
@@ -274,6 +282,7 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
     row = get_row(dataset_name)
     device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
+    check_mode(opts["cuda_graph"], device)
     if opts["channels_last"] is None:
         opts["channels_last"] = prefers_channels_last(device)
     if opts["dry_run"]:
@@ -284,13 +293,20 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
         make_folder(Path(json_path).resolve().parent, "json_path")
     configure_backends()
     with channels_last_on(*[device.type] * opts["channels_last"]):
-        results = run_stages(row, batch, precision, device, opts["quick"], 1 if opts["quick"] else opts["repeats"])
+        repeats = 1 if opts["quick"] else opts["repeats"]
+        results = run_stages(row, batch, precision, device, opts["quick"], repeats, opts["cuda_graph"])
     if json_path is not None:
         write_text(Path(json_path), json.dumps(results, indent=2))
 
 
 def run_stages(
-    row: DatasetSpec, batch: int, precision: str, device: torch.device, quick: bool, repeats: int
+    row: DatasetSpec,
+    batch: int,
+    precision: str,
+    device: torch.device,
+    quick: bool,
+    repeats: int,
+    cuda_graph: str = "off",
 ) -> dict[str, Any]:
     """Time every stage and print a line for each; what is recorded of them."""
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
@@ -298,12 +314,13 @@ def run_stages(
     # On the CPU a product in float16 may be emulated, and takes for ever.
     dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
     peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
-    setup = make_setup(row, config, device)
+    setup = make_setup(row, config, device, cuda_graph)
     guide = None if row.guide is None else build_on_meta(row.guide)
     micro_batch, cost = setup.distiller.micro_batch_size, run_cost(config, build_on_meta(row), guide=guide)
     about = {
         "dataset_name": row.name, "device": _device_name(device), "threads": torch.get_num_threads(),
         "precision": precision, "channels_last": prefers_channels_last(device), "batch": batch,
+        "cuda_graph": cuda_graph,
         "micro_batch": micro_batch, "repeats": repeats, "torch": torch.__version__,
         "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip

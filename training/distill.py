@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from models.loading import load_student, load_teacher
 from models.model import DiffusionModel, Given, SamplingSettings, Student
 from solvers import Callback, Denoiser, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils import distributed
+from torch_utils.graphs import Graphs
 
 from .config import DistillConfig, first_student
 from .optimizers import make_optimizer
@@ -50,8 +52,11 @@ def load_source(
 class Teacher:
     """The trajectories that a student is distilled from, of a diffusion model or, in the second stage, of a student."""
 
-    def __init__(self, model: DiffusionModel, config: DistillConfig, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, model: DiffusionModel, config: DistillConfig, sampling: SamplingSettings, graphs: Graphs | None = None
+    ) -> None:
         self.model, self.config, self.sampling = model, config, sampling
+        self.graphs = Graphs() if graphs is None else graphs
 
     def plan(self, num_steps: int) -> SamplingPlan:
         """How a trajectory for a student of `num_steps` timestamps is made."""
@@ -70,13 +75,19 @@ class Teacher:
             step_condition = replace(model.sampling, num_steps=plan.num_steps).step_condition
         return model.denoiser(cond, plan.guidance_rate, step_condition)
 
-    @torch.no_grad()
     def trajectory(self, x: Tensor, cond: Given, num_steps: int, callback: Callback | None = None) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
 
         With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
         visible in a metric, and a student can learn to leave it out at no cost of its own. For `callback` see `solve`.
         """
+        if callback is not None:  # which looks at every step
+            return self._trajectory(x, cond, num_steps, callback)
+        run = partial(self._trajectory, num_steps=num_steps)
+        return self.model.replayed(self.graphs, run, num_steps, x, cond)
+
+    @torch.no_grad()
+    def _trajectory(self, x: Tensor, cond: Given, num_steps: int, callback: Callback | None = None) -> Tensor:
         plan, sigmas = self.plan(num_steps), self.sigmas(num_steps)
         denoise = self.denoiser(cond, plan)
         states = solve(plan.solver, denoise, x, sigmas, plan.afs, self.config.M + 1, callback)

@@ -19,6 +19,7 @@ from models.model import DiffusionModel, SamplingSettings, Student
 from models.prompts import Prompts, captions_by_seed, read_prompts
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, use_deterministic_algorithms
+from torch_utils.graphs import Graphs
 from torch_utils.random import derive_seed
 
 from . import runs
@@ -118,9 +119,9 @@ def save_snapshot(
 
 
 def load_models(
-    config: DistillConfig, device: torch.device, teacher_path: str | None = None
+    config: DistillConfig, device: torch.device, teacher_path: str | None = None, graphs: Graphs | None = None
 ) -> tuple[Teacher, Student]:
-    """Teacher and student of a run; for `teacher_path` see `load_source`."""
+    """Teacher, which uses `graphs`, and student of a run; for `teacher_path` see `load_source`."""
     source = load_source(config, device, teacher_path)
     sampling = _with_guidance(config.sampling(source.sigma_min, source.sigma_max), source)
     if isinstance(source, Student):  # the first teacher, where it has no registered name, stays known
@@ -133,7 +134,7 @@ def load_models(
     student.compute_dtype = source.compute_dtype
     if config.dropout is not None:
         student.net.set_dropout(config.dropout)
-    teacher = Teacher(source, config, sampling)
+    teacher = Teacher(source, config, sampling, graphs)
     try:
         for num_steps in config.step_choices:
             teacher.sigmas(num_steps)
@@ -168,6 +169,7 @@ def train(
     batch_gpu: int | str | None = None,
     gradient_checkpointing: bool = False,
     deterministic: bool = False,
+    cuda_graph: str = "auto",
     log: str | None = None,
     teacher_path: str | None = None,
     validation_prompts: str | None = None,
@@ -177,7 +179,8 @@ def train(
 
     `batch_gpu` (`auto` tries out what fits) and `gradient_checkpointing` save memory and change nothing else.
     `deterministic` makes two runs on one kind of GPU equal, as they are on the CPU in any case; see
-    docs/reliability.md. For `log` see `training.loggers`, for `teacher_path` `load_source`. `validation_prompts` is a
+    docs/reliability.md. `cuda_graph` is a mode of `Graphs`, whose `auto` is off if `deterministic`: it goes by time.
+    For `log` see `training.loggers`, for `teacher_path` `load_source`. `validation_prompts` is a
     file of captions for the pictures of a text-conditioned student, one for each column.
     `evaluation` makes what evaluates snapshots along the way, once the processes have met.
     """
@@ -188,7 +191,8 @@ def train(
     share = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, distributed.world_size())
     if path := distributed.on_first_rank(lambda: runs.finished_run(place, config)):
         return _finish(path)
-    teacher, student = load_models(config, device, teacher_path)
+    graphs = Graphs("off" if deterministic and cuda_graph == "auto" else cuda_graph)
+    teacher, student = load_models(config, device, teacher_path, graphs)
     if gradient_checkpointing:
         student.net.checkpoint_gradients()
     prompts = captions_by_seed() if student.has_text else None
@@ -198,7 +202,8 @@ def train(
     lpips = perceptual_loss(config, student)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
-    launch |= {"torch": torch.__version__, **vars(intervals), "log": log}
+    launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
+    launch |= {"cuda_graph": cuda_graph, "torch": torch.__version__, **vars(intervals), "log": log}
     opened = distributed.on_first_rank(lambda: runs.open_run(place, config, launch))
     if opened.is_finished:  # by a process that was faster
         return _finish(opened.path)
@@ -206,6 +211,7 @@ def train(
     distiller = Distiller(teacher, student, config, size, lpips)
     state = TrainingState(distiller, Health(distiller))
     report = Report(opened.path, state, shown)
+    graphs.say = report.log
     if state.restore(opened.path, report.log, place.override):
         report.log(f"Continuing {opened.path} at kimg {state.images / 1000:g}")
     if opened.changed:

@@ -16,6 +16,7 @@ from models.detectors.inception import RESIZES
 from models.registry import known_names
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
+from torch_utils.graphs import MODES
 
 from .evaluation.figures import check_suffix
 
@@ -68,6 +69,10 @@ def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
 teacher_option = click.option(
     "--teacher", "teacher_path", help="Where a student's own teacher is, if it was moved", metavar="PATH"
 )
+cuda_graph_option = click.option(
+    "--cuda_graph", help="CUDA: replay runs of the frozen network as one launch; auto: where that is faster",
+    type=click.Choice(MODES), default="auto"
+)  # fmt: skip
 #: A model, and what it is to make.
 sample_options = combined(
     section("What to sample"),

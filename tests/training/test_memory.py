@@ -68,12 +68,12 @@ def test_what_a_run_takes_on_each_process():
 
 @pytest.mark.slow
 def test_memory_of_stable_diffusion():
-    """Counted before on fake CUDA tensors: 14.4 GiB of weights and moments, 3.2 of gradients, 0.11 a sample."""
+    """14.4 GiB of weights and moments, 3.2 of gradients, 0.16 a sample where gradients are there already."""
     net, config = build_on_meta(get_row("ms_coco")), DistillConfig("ms_coco", batch=128, precision="fp16")
     small, large = (memory.run_memory(config, net, n, gradient_checkpointing=True) for n in (16, 32))
     assert small.weights / 2**30 == pytest.approx(14.4, abs=0.1)
     assert small.gradients / 2**30 == pytest.approx(3.2, abs=0.05)
-    assert (large.step - small.step) / 16 / 2**30 == pytest.approx(0.115, abs=0.01)
+    assert (large.step - small.step) / 16 / 2**30 == pytest.approx(0.161, abs=0.005)
 
 
 def test_the_micro_batch_that_auto_will_find(monkeypatch):
