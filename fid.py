@@ -27,7 +27,7 @@ from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.kernel import kernel_distance
 from training.evaluation import comparison
-from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
+from training.evaluation.commands import check, check_outputs, missing_paths, open_extractor, say, show_plan
 from training.evaluation.curve import evaluate, snapshots
 from training.evaluation.extractor import Extractor
 from training.evaluation.figures import INSTALL_MATPLOTLIB, PRDC, draw_by_kimg
@@ -225,6 +225,7 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
     check(source)
     if opts["dry_run"]:
         return show_plan(**plan, found=len(source))
+    check_outputs(dest=dest)
     extractor = open_extractor(opts, features)
     found = extractor.describe(source, [np.arange(len(source))], keep=False)[0]
     meta = {"num": len(source), **extractor.detector.identity()}

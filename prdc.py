@@ -18,7 +18,7 @@ from torch_utils.metrics.prdc import precision_recall_density_coverage
 from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
 from training.evaluation.functions import Comparison, Images, as_features
 from training.evaluation.records import append_records
-from training.evaluation.sources import StoredStatistics, open_images, open_reference, split_blocks
+from training.evaluation.sources import open_images, open_reference, split_blocks
 from training.options import detector_options, images_option, machine_options, record_options
 
 #: Images of each set, where there are so many.
@@ -98,8 +98,6 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
         say(f"{images} has {count} images: all are used; compare the numbers only with those of {count} images")
     extractor = open_extractor(opts, opts["features"])
     real_source = open_ref()
-    if isinstance(real_source, StoredStatistics):
-        raise UserError(f"{images_ref} holds statistics of images; expected images or their features")
     check(real_source)
     ref_count = min(count, len(real_source))
     if ref_count <= nearest_k:

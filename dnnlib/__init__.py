@@ -2,7 +2,7 @@
 
 from . import early as early
 from .errors import UserError, first_line, need, one_line_errors
-from .files import make_folder, replacing, sha256_of, write_text
+from .files import make_folder, parse_json, replacing, sha256_of, write_text
 from .formatting import format_count, format_duration
 from .logger import Logger
 
@@ -15,6 +15,7 @@ __all__ = [
     "make_folder",
     "need",
     "one_line_errors",
+    "parse_json",
     "replacing",
     "sha256_of",
     "write_text",

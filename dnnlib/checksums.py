@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from .errors import UserError
-from .files import sha256_of, write_text
+from .files import parse_json, sha256_of, write_text
 
 
 def cache_dir() -> Path:
@@ -99,12 +99,12 @@ def _key(path: Path) -> str:
 def _read_record() -> dict[str, Any]:
     path = _record_path()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not all(isinstance(entry["sha256"], str) for entry in record.values()):
             raise TypeError
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path} is damaged; expected the checksums of downloaded files: mend it, or delete it to record them anew"
         ) from None

@@ -28,7 +28,7 @@ import requests
 
 from .checksums import cache_dir, is_first_rank, is_there, locked, mismatch, recorded_digest, say, write_record
 from .errors import UserError
-from .files import sha256_of, write_text
+from .files import parse_json, sha256_of, write_text
 from .progress import progress
 
 __all__ = ["HUB", "cache_dir", "derive", "fetch", "is_offline"]
@@ -160,8 +160,8 @@ class _Part:
     @property
     def origin(self) -> dict[str, Any]:
         try:
-            origin = json.loads(self._note.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
+            origin = parse_json(self._note.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return {}
         return origin if isinstance(origin, dict) else {}
 

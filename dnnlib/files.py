@@ -1,12 +1,16 @@
 """Writing files so that a name never holds a partial content."""
 
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -84,3 +88,35 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, all or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(content: str | bytes) -> Any:
+    """What a JSON text of anybody holds.
+
+    Raises:
+        ValueError: it is none, or none that all readers take alike: a name twice in an object, NaN, infinity, numbers
+            beyond float64; or it is nested too deeply.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it has {name[:40]!r} twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is beyond float64")
+    return value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")

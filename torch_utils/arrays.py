@@ -1,7 +1,8 @@
 """`.npz` files of images, features and statistics: read without executing anything, written all or nothing.
 
 An `.npz` is a zip archive of arrays, each with a header that says its type and shape. Headers are read first: what is
-not asked for stays packed, and what would unpack to far more than the file holds is refused before it does.
+not asked for stays packed, whatever it is, and what would unpack to far more than the file holds is refused before it
+does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib import UserError, first_line, replacing
+from dnnlib import UserError, first_line, parse_json, replacing
 
 #: What zipfile and its decompressors raise on a damaged or unsupported archive.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
@@ -34,15 +35,17 @@ MOST_META = 1 << 24
 
 @dataclass(frozen=True)
 class Header:
-    """What an array is, without its values."""
+    """What an array is, without its values; `refusal` says why they cannot be had, if so."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
+    refusal: str = ""
 
     @property
     def is_images(self) -> bool:
-        """Whether these are images, uint8 `[N, H, W]` or `[N, H, W, 1 or 3]`."""
-        return self.dtype == np.uint8 and len(self.shape) in (3, 4) and self.shape[3:] in ((), (1,), (3,))
+        """Whether these are images, uint8 `[N, H, W]` or `[N, H, W, 1 or 3]`; one image `[H, W, 3]` is none."""
+        is_set = len(self.shape) == 4 and self.shape[3] in (1, 3) or len(self.shape) == 3 and self.shape[2] > 4
+        return self.dtype == np.uint8 and is_set
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -74,18 +77,27 @@ def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | 
             raise ValueError(f"{member.filename} is in version {version} of the format")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError(f"{member.filename} holds objects, which are programs")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size:
+    if min(shape, default=0) < 0 or (math.prod(shape) * dtype.itemsize > member.file_size and not dtype.hasobject):
         raise ValueError(f"{member.filename} does not hold the {dtype} {list(shape)} that it announces")
-    if member.file_size > max(FREE_BYTES, MOST_RATIO * Path(path).stat().st_size):
-        raise ValueError(f"{member.filename} unpacks to {member.file_size} bytes, far more than the file has")
-    return Header(dtype, shape)
+    refusal = ""
+    if dtype.hasobject:
+        refusal = "holds objects, which are programs"
+    elif member.file_size > max(FREE_BYTES, MOST_RATIO * Path(path).stat().st_size):
+        refusal = f"unpacks to {member.file_size} bytes, far more than the file has"
+    return Header(dtype, shape, refusal)
 
 
 def read_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of these names that an `.npz` file has (None: all), nothing unpickled."""
-    chosen = [name for name in read_headers(path) if names is None or name in names]
+    """The arrays of these names that an `.npz` file has (None: all), nothing unpickled.
+
+    Raises:
+        UserError: what `read_headers` refuses, or one of them holds objects, or unpacks to far too much.
+    """
+    headers = read_headers(path)
+    chosen = [name for name in headers if names is None or name in names]
+    for name in chosen:
+        if headers[name].refusal:
+            raise UserError(f"{path} is not a readable .npz file ({name} {headers[name].refusal})")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in chosen}
@@ -97,9 +109,9 @@ def read_meta(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The JSON that this program writes beside its arrays; empty for files of others."""
     try:
         text = arrays["meta"]
-        meta = json.loads(str(text)) if text.nbytes <= MOST_META else None
+        meta = parse_json(str(text)) if text.nbytes <= MOST_META else None
         return meta if isinstance(meta, dict) else {}
-    except (KeyError, ValueError, RecursionError):
+    except (KeyError, ValueError):
         return {}
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnnlib import UserError, first_line, replacing
+from dnnlib import UserError, first_line, parse_json, replacing
 
 PathLike = str | Path
 METADATA_KEY = "sfd"
@@ -89,10 +89,10 @@ def _open_network(path: PathLike) -> Any:
 
 def _parse_settings(path: PathLike, metadata: Any) -> dict[str, Any]:
     try:
-        settings = json.loads(metadata[METADATA_KEY])
+        settings = parse_json(metadata[METADATA_KEY])
         if not isinstance(settings["network"], dict):
             raise TypeError
-    except (TypeError, KeyError, ValueError, RecursionError):
+    except (TypeError, KeyError, ValueError):
         raise UserError(
             f"{path} holds tensors without this program's settings; expected a file of train.py or training.pretrain"
         ) from None

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dnnlib import UserError, first_line, make_folder, replacing, write_text
+from dnnlib import UserError, first_line, make_folder, parse_json, replacing, write_text
 
 from . import distributed
 from .images import to_pil
@@ -123,9 +123,9 @@ class ImageWriter:
         path = self.folder / OPTIONS
         if path.exists():
             try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
+                saved = parse_json(path.read_text(encoding="utf-8"))
                 changed = [k for k in sorted({*options, *saved}) if saved.get(k) != options.get(k)]
-            except (ValueError, AttributeError, TypeError, RecursionError):
+            except (ValueError, AttributeError, TypeError):
                 raise UserError(f"{path} is not readable; choose another place", "outdir") from None
             if changed and self._has_images():
                 raise UserError(

@@ -36,7 +36,8 @@ from dnnlib import UserError, first_line, need, one_line_errors
 from dnnlib.options import Command, Whole, section
 from dnnlib.progress import progress
 from torch_utils.image_writer import ImageWriter
-from torch_utils.metrics.image_set import FORMATS, NO_IMAGE, ImageDataset, to_pixels
+from torch_utils.metrics.image_set import ImageDataset
+from torch_utils.metrics.pixels import ImageHeader, open_image, remarks, to_pixels
 
 from .options import dry_run_option
 
@@ -50,9 +51,14 @@ AHEAD = 64
 
 
 class Source(Protocol):
-    """Pictures by index, as Pillow images or uint8 arrays, and the class of each if there are classes."""
+    """Pictures by index as uint8 arrays, and the class of each if there are classes.
+
+    Attributes:
+        headers: of the files that were loaded, by name.
+    """
 
     labels: list[int] | None
+    headers: dict[str, ImageHeader]
 
     def __len__(self) -> int: ...
 
@@ -75,6 +81,7 @@ class Files:
     def __init__(self, path: Path, labels: str) -> None:
         self.images = ImageDataset(path)
         self.labels: list[int] | None = None
+        self.headers: dict[str, ImageHeader] = {}
         if labels == "auto" and self.images.labels is not None:
             self.labels = self.images.labels.tolist()
         if labels == "folders":
@@ -90,7 +97,9 @@ class Files:
     def load(self, index: int, upright: bool) -> np.ndarray:
         if self.images.path.suffix == ".npz":
             return self.images.load(index).transpose(1, 2, 0)
-        with self.images.open(self.images.names[index]) as image:
+        name = self.images.names[index]
+        with self.images.open(name) as image:
+            self.headers[name] = ImageHeader.of(image)
             return to_pixels(ImageOps.exif_transpose(image) if upright else image)
 
     def digest(self) -> str:
@@ -109,6 +118,7 @@ class Cifar10:
         batches = [found[name] for name in wanted]
         self.pixels = np.concatenate([pixels for pixels, _ in batches])
         self.labels: list[int] | None = [label for _, labels in batches for label in labels]
+        self.headers: dict[str, ImageHeader] = {}
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -126,6 +136,7 @@ class Lsun:
     labels: list[int] | None = None
 
     def __init__(self, path: Path) -> None:
+        self.headers: dict[str, ImageHeader] = {}
         lmdb = need("lmdb", "pip install lmdb")
         try:
             self.store = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
@@ -143,11 +154,9 @@ class Lsun:
         key = self.keys[index]
         with self.store.begin() as transaction:
             content = transaction.get(key)
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return to_pixels(ImageOps.exif_transpose(image) if upright else image)
-        except (*NO_IMAGE, OSError) as error:
-            raise UserError(f"{key!r} is not a readable image ({first_line(error)})") from None
+        with open_image(lambda: io.BytesIO(content), repr(key)) as image:
+            self.headers[repr(key)] = ImageHeader.of(image)
+            return to_pixels(ImageOps.exif_transpose(image) if upright else image)
 
     def digest(self) -> str:
         return hashlib.sha256(b"\0".join(self.keys)).hexdigest()
@@ -437,6 +446,8 @@ def main(source: Path, dest: Path, max_images: int | None, labels: str, split: s
     made_of = {k: v for k, v in plan.items() if k != "dest"} | {"digest": pictures.digest(), "labels": labels}
     writer = ImageWriter(dest, False, json.loads(json.dumps(made_of)))
     kept = write_archive(pictures, count, conversion, writer)
+    for line in remarks(pictures.headers, "applied" if opts["upright"] else "not applied"):
+        click.echo(line, err=True)
     left_out = f"; {count - kept} were too small" if kept < count else ""
     done = "There already:" if writer.is_complete else "Wrote"
     click.echo(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dnnlib import UserError, first_line, make_folder, write_text
+from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.files import remove_leftovers
 from models.loading import RUNS_DIR
 from torch_utils.checkpoint import read_settings, read_state, usable_state
@@ -71,8 +71,8 @@ def read_options(run_dir: Path) -> dict[str, Any] | None:
     try:
         if not path.is_file():
             raise TypeError("it is no regular file")
-        return with_defaults(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return with_defaults(parse_json(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); put it back, or remove it") from None
 
 
@@ -299,8 +299,8 @@ def cut_stats(run_dir: Path, images: int) -> None:
 def _images_of(line: str) -> float:
     """How far the run was at a line of statistics, −1 for what is none."""
     try:
-        images = json.loads(line)["images"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        images = parse_json(line)["images"]
+    except (ValueError, TypeError, KeyError):
         return -1
     return images if type(images) is int else -1
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dnnlib import format_count, sha256_of
+from dnnlib import format_count, parse_json, sha256_of
 
 from ..model import VARIABLE_STEPS
 from ..registry import ROWS
@@ -81,8 +80,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             continue
         if isinstance(record, dict):
             found.append(record)

@@ -7,7 +7,6 @@ the first stage has matrices in place of 1×1 convolutions. JSON files beside th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import UserError, parse_json
 
 from ..networks.autoencoders import KLAutoencoder
 from ..precond import CFGPrecond
@@ -144,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe, say, would be waited for
         raise UserError(f"{path} is missing; expected a complete folder of diffusers")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; get the folder again")

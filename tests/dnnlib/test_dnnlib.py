@@ -24,6 +24,7 @@ from dnnlib import (
     format_duration,
     need,
     one_line_errors,
+    parse_json,
     replacing,
     write_text,
 )
@@ -221,6 +222,21 @@ def test_writing_goes_through_links_and_refuses_what_is_no_file(tmp_path):
         "pipe",
         "real.txt",
     ]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[" * 100_000, "nested too deeply"), ('{"a":' * 100_000, "nested too deeply"), ("[NaN]", "NaN is no number"),
+    ("-Infinity", "-Infinity is no number"), ("[1e999]", "1e999 is beyond float64"), ('{"a": 1, "a": 2}', "it has 'a' twice"),
+    ('{"b": {"a": 1, "a": 1}}', "it has 'a' twice"), ("", "Expecting value"), ("9" * 5000, "4300"), (b"\xff\x00\x00", "codec"),
+    ('{"a"', "Expecting"),
+])  # fmt: skip
+def test_texts_that_readers_of_json_take_differently_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_json(text)
+    assert parse_json('{"a": [1, 2.5, null, true, "x"], "b": {"a": {}}}') == {
+        "a": [1, 2.5, None, True, "x"],
+        "b": {"a": {}},
+    }
 
 
 def test_only_names_that_were_made_here_are_removed(tmp_path):

@@ -171,7 +171,7 @@ def test_one_image_is_too_few(folder):
 def test_npz_files_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "x.npz", mu=np.array([{}], dtype=object), images=np.array([{}], dtype=object))
     for read in (read_arrays, ImageDataset):
-        with pytest.raises(UserError, match="not a readable"):
+        with pytest.raises(UserError, match="mu holds objects|holds mu object"):
             read(tmp_path / "x.npz")
 
 

@@ -19,7 +19,8 @@ from tiny import write_images
 
 from dnnlib import UserError
 from torch_utils.arrays import read_arrays
-from torch_utils.metrics.image_set import ImageDataset, to_pixels
+from torch_utils.metrics.image_set import ImageDataset
+from torch_utils.metrics.pixels import to_pixels
 
 RAMP = np.array([[0, 8, 16, 24, 32, 40]], dtype=np.uint8)
 
@@ -44,15 +45,42 @@ def test_sixteen_bit_grey_has_the_values_of_eight(tmp_path):
     assert loaded(saved(tmp_path / "b", "x.png", noisy)).tolist() == [[[0, 1, 255, 254, 1]]]
 
 
-def test_sixteen_bit_colour_has_the_values_of_eight(tmp_path):
-    """Pillow writes none, so the file is made by hand."""
-    row = np.repeat(RAMP[0], 3).astype(">u2") * 257
+def write_png(folder: Path, width: int, bits: int, colour: int, row: bytes, clear: bytes = b"") -> Path:
+    """A PNG of one row, in forms that Pillow reads but does not write; `clear`: which value is transparent."""
     content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", 6, 1, 16, 2, 0, 0, 0)), (b"IDAT", None), (b"IEND", b"")):
-        body = zlib.compress(b"\0" + row.tobytes()) if body is None else body
-        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    (tmp_path / "x.png").write_bytes(content)
-    assert np.array_equal(loaded(tmp_path), np.repeat(RAMP[None], 3, axis=0))
+    header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    for kind, body in parts:
+        if body or kind != b"tRNS":
+            content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (folder / "x.png").write_bytes(content)
+    return folder
+
+
+def test_sixteen_bit_colour_has_the_values_of_eight(tmp_path):
+    row = np.repeat(RAMP[0], 3).astype(">u2") * 257
+    assert np.array_equal(loaded(write_png(tmp_path, 6, 16, 2, row.tobytes())), np.repeat(RAMP[None], 3, axis=0))
+    for clear in (row[3:6], row[3:6] >> 8):  # Pillow would compare them with the high bytes
+        with pytest.raises(UserError, match="16-bit colours, one of them transparent"):
+            loaded(write_png(tmp_path, 6, 16, 2, row.tobytes(), clear.tobytes()))
+
+
+@pytest.mark.parametrize("bits, row, values", [
+    (1, b"\x50", [255, 255, 255, 255]), (2, b"\x1b", [0, 255, 170, 255]), (4, b"\x01\x23", [0, 255, 34, 51]),
+])  # fmt: skip
+def test_grey_of_few_bits_can_be_transparent(bits, row, values, tmp_path):
+    """The value is of the file's bits, not of the eight that they are read as."""
+    folder = write_png(tmp_path, 4, bits, 0, row, struct.pack(">H", bits > 1))
+    assert loaded(folder).ravel().tolist() == values
+    assert "composed on white" in ImageDataset(folder).remarks[0]
+
+
+def test_frames_after_the_first_are_said_not_to_be_read(tmp_path):
+    frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in (9, 200)]
+    for name in ("a.png", "b.webp"):
+        saved(tmp_path / name, name, frames[0], save_all=True, append_images=frames[1:], lossless=True)
+        dataset = ImageDataset(tmp_path / name)
+        assert dataset.load(0)[0, 0, 0] == 9 and "1 of 1 images have several frames" in dataset.remarks[0]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -144,7 +172,8 @@ def zipped(path: Path, *names: str) -> Path:
 
 
 HIDDEN = (".ipynb_checkpoints/0000-checkpoint.png", "sub/.Trash/a/b.png", "._0000.png", "__MACOSX/._0000.png",
-          ".git/objects/x.png")  # fmt: skip
+          ".git/objects/x.png", "__MACOSX/0000.png", "sub/@eaDir/0002.png/SYNOPHOTO_THUMB_M.png",
+          "$RECYCLE.BIN/x.png", "lost+found/x.png")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -164,6 +193,9 @@ def test_two_entries_of_one_name_are_refused(tmp_path):
         ImageDataset(path)
     with pytest.raises(UserError, match=r"two entries named dataset\.json"):
         ImageDataset(zipped(tmp_path / "y.zip", "a.png", "dataset.json", "dataset.json"))
+    for other in ("./a.png", "x/../a.png", "/a.png", ".//a.png"):
+        with pytest.raises(UserError, match=r"two entries named .*a\.png and .*a\.png, which are one name"):
+            ImageDataset(zipped(tmp_path / "z.zip", "a.png", "b.png", other))
 
 
 def test_links_lead_to_images_or_are_an_error(tmp_path):
@@ -284,6 +316,25 @@ def test_what_unpacks_to_far_more_than_the_file_holds_is_refused(tmp_path, monke
     rng = np.random.default_rng(0)
     np.savez_compressed(path, arr_0=rng.integers(0, 256, [1024, 32, 32, 3], dtype=np.uint8))
     assert len(ImageDataset(path)) == 1024
+
+
+def test_only_what_is_asked_for_must_be_usable(tmp_path, monkeypatch):
+    """Objects, and what unpacks to far too much, beside the statistics."""
+    monkeypatch.setattr("torch_utils.arrays.FREE_BYTES", 1 << 20)
+    path, junk = tmp_path / "x.npz", np.array([{}], dtype=object)
+    np.savez_compressed(path, mu=np.zeros(3), sigma=np.eye(3), junk=junk, large=np.zeros(1 << 22, np.uint8))
+    assert set(read_arrays(path, ("mu", "sigma"))) == {"mu", "sigma"}
+    for name, words in (("junk", "junk holds objects"), ("large", "large unpacks to 4194432 bytes, far more")):
+        with pytest.raises(UserError, match=words):
+            read_arrays(path, (name,))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8, 1), (8, 8, 4), (2, 8, 8, 4), (2, 3, 8, 8), (8, 8)])
+def test_arrays_that_are_no_set_of_images_are_refused(shape, tmp_path):
+    """One image `[H, W, 3]`, too: read as `[N, H, W]` it would be eight."""
+    np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"holds arr_0 uint8 \[.*expected one uint8 array \[N, H, W, 1 or 3\]"):
+        ImageDataset(tmp_path / "x.npz")
 
 
 def test_two_arrays_of_one_name_are_refused(tmp_path):

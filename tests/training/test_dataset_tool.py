@@ -66,8 +66,10 @@ def test_pixels_and_orientation_are_read_as_everywhere(tmp_path):
     turned = np.zeros([8, 8, 3], np.uint8)
     turned[:, :4] = 200
     Image.fromarray(turned).save("data/turned.png", exif=exif)
-    tool("data").ok()
-    tool("data", "--upright", dest="y.zip").ok()
+    said = tool("data").ok().output
+    assert "1 of 3 images can be transparent and are composed on white (clear.png is the first)" in said
+    assert said.count("1 of 3 images have an EXIF orientation, which is not applied (turned.png is the first)") == 1
+    assert "which is applied" in tool("data", "--upright", dest="y.zip").ok().output
     clear, stored, wide = ImageDataset("x.zip").load_all()
     assert (clear == 255).all() and (wide == 9).all() and np.array_equal(stored, turned.transpose(2, 0, 1))
     assert np.array_equal(ImageDataset("y.zip").load(1), np.rot90(turned, -1).transpose(2, 0, 1))

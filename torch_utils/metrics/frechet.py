@@ -21,6 +21,8 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 #: Relative to the largest entry or eigenvalue: what rounding to float32 can do to a covariance, with room.
 ROUNDING = 1e-5
+#: Squares of larger numbers, summed, are beyond float64.
+LARGEST = 1e150
 
 
 def covariance_factor(sigma: Tensor) -> Tensor:
@@ -54,6 +56,8 @@ def check_moments(mu: ArrayLike, sigma: ArrayLike) -> tuple[Tensor, Tensor, Tens
             raise ValueError(f"{name} is {values.dtype}, not real numbers")
         if not np.isfinite(values).all():
             raise ValueError(f"{name} holds a number that is not finite")
+        if values.size and max(abs(float(values.min())), abs(float(values.max()))) > LARGEST:
+            raise ValueError(f"{name} holds numbers that are too large for a distance in float64")
         found.append(torch.as_tensor(values.astype(np.float64)))
     m, s = found
     if m.ndim != 1 or len(m) == 0 or s.shape != (len(m), len(m)):

@@ -1,14 +1,13 @@
 """Images in a folder or a zip archive, in the layout of EDM's data sets, or in an `.npz` file.
 
 **Which.** PNG, JPEG, BMP or WebP files anywhere below the root, in the order of their names; nothing whose path has a
-hidden part (`.ipynb_checkpoints/`, `._a.png`). Links are followed, to folders too. What would make the set another one
-in silence is refused: links to nothing, two archive entries of one name, images of several sizes. `dataset.json` at the
+hidden part (`.ipynb_checkpoints/`, `._a.png`) or a folder that systems keep for themselves (`__MACOSX/`, `@eaDir/`).
+Links are followed, to folders too. What would make the set another one in silence is refused: links to nothing, two
+archive entries of one name (`a.png` and `./a.png`, too), images of several sizes. `dataset.json` at the
 root may hold `labels`, a list of `[file name, class index]`, one for each image. An `.npz` holds one uint8 array
 `[N, H, W, C]` or `[N, H, W]`, the layout of guided-diffusion's samples; integer labels beside it are not read.
 
-**Which pixels.** uint8, grey if all images are, else RGB. 16-bit grey is scaled (v / 257, rounded); what is transparent
-is composed on white; palettes, CMYK and the like become RGB. An EXIF orientation is not applied: pixels are read as
-they are stored, as by the tools that published numbers come from. `remarks` says what of this happened.
+`pixels` says which pixels they have; `ImageDataset.remarks` says what of that happened.
 """
 
 from __future__ import annotations
@@ -16,50 +15,34 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import os
+import posixpath
 import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from dnnlib import UserError, first_line, sha256_of
+from dnnlib import UserError, first_line, parse_json, sha256_of
 
 from ..arrays import UNREADABLE, Header, read_arrays, read_headers
+from .pixels import ImageHeader, open_image, remarks, to_pixels
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-#: The formats behind them. Pillow knows others by their content, among them some that start programs.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 #: Files that somebody may take for images of the set; they are counted in a remark.
 OTHER_IMAGES = (".avif", ".gif", ".heic", ".jxl", ".npy", ".pgm", ".ppm", ".tif", ".tiff")
+#: Folders, in lower case, in which systems keep copies and thumbnails.
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 LABELS = "dataset.json"
 #: A class is a number below this; a larger one is a mistake that would make labels fill the memory.
 MAX_CLASSES = 1_000_000
 #: Bytes that one file in an archive may unpack to.
 MOST_BYTES = 1 << 28
-#: What Pillow raises on an image that is damaged, or larger than anybody needs.
-NO_IMAGE = (UnidentifiedImageError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError,
-            MemoryError)  # fmt: skip
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
-ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-ORIENTATION = 0x0112
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the header of an image file says: height and width, and what becomes of its pixels."""
-
-    size: tuple[int, int]
-    is_grey: bool
-    is_transparent: bool = False
-    is_turned: bool = False
 
 
 class ImageDataset:
@@ -149,7 +132,8 @@ class ImageDataset:
         """Of every file, compared: the sizes are equal."""
         found: list[ImageHeader] = []
         for name in self.names:
-            header = self._header(name)
+            with self.open(name) as image:
+                header = ImageHeader.of(image)
             if found and header.size != found[0].size:
                 sizes = ["×".join(map(str, h.size)) for h in (header, found[0])]
                 raise UserError(
@@ -181,16 +165,11 @@ class ImageDataset:
             shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self._others.items()))
             found.append(f"not read: {shown}; images end in {', '.join(EXTENSIONS)}")
         headers = dict(zip(self.names, self._headers, strict=True))
-        transparent = [name for name, header in headers.items() if header.is_transparent]
-        turned = [name for name, header in headers.items() if header.is_turned]
+        found += remarks(headers)
         grey = [name for name, header in headers.items() if header.is_grey]
-        for what, names in (
-            ("can be transparent and are composed on white", transparent),
-            ("have an EXIF orientation, which is not applied", turned),
-            ("are grey among coloured ones and become RGB", grey if len(grey) < len(headers) else []),
-        ):
-            if names:
-                found.append(f"{len(names)} of {len(headers)} images {what} ({names[0]} is the first)")
+        if 0 < len(grey) < len(headers):
+            among = f"{len(grey)} of {len(headers)} images are grey among coloured ones and become RGB"
+            found.append(f"{among} ({grey[0]} is the first)")
         return [f"{self.path}: {line}" for line in found]
 
     def fingerprint(self) -> str:
@@ -223,20 +202,9 @@ class ImageDataset:
             images[index] = self.load(index)
         return images
 
-    def _header(self, name: str) -> ImageHeader:
-        with self.open(name) as image:
-            is_transparent = image.mode in ALPHA_MODES or "transparency" in image.info
-            turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) not in (0, 1)
-            return ImageHeader((image.height, image.width), image.mode in GREY_MODES, is_transparent, turned)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Image.Image]:
+    def open(self, name: str) -> AbstractContextManager[Image.Image]:
         """A file of the set as a Pillow image; whatever is wrong with it becomes one line that names it."""
-        try:
-            with self.stream(name) as file, Image.open(file, formats=FORMATS) as image:
-                yield image
-        except (*NO_IMAGE, *UNREADABLE) as error:
-            raise UserError(f"{name} in {self.path} is not a readable image ({first_line(error)})") from None
+        return open_image(functools.partial(self.stream, name), f"{name} in {self.path}")
 
     # --------------------------------------------------------------------------------------------------------------
     # Files
@@ -260,9 +228,13 @@ class ImageDataset:
 
     def _check_names(self, files: Sequence[str]) -> None:
         """Refuse what would make it another set in silence."""
-        twice = [first for first, second in zip(files, files[1:]) if first == second]
-        if twice:
-            raise UserError(f"{self.path} holds two entries named {twice[0]}; make the archive again")
+        first: dict[str, str] = {}
+        for name in [] if self.path.is_dir() else files:
+            plain = posixpath.normpath(name.replace("\\", "/")).lstrip("/")
+            if plain in first:
+                names = first[plain] if first[plain] == name else f"{first[plain]} and {name}, which are one name"
+                raise UserError(f"{self.path} holds two entries named {names}; make the archive again")
+            first[plain] = name
         lower = [name for name in files if name.endswith(f"/{LABELS}")]
         if lower:
             raise UserError(
@@ -275,8 +247,8 @@ class ImageDataset:
         place = f"{LABELS} in {self.path}"
         try:
             with self.stream(LABELS) as file:
-                content = json.loads(file.read())
-        except (ValueError, RecursionError, MemoryError, *UNREADABLE) as error:
+                content = parse_json(file.read())
+        except (ValueError, MemoryError, *UNREADABLE) as error:
             raise UserError(f"{place} is not readable JSON ({first_line(error)}); {expected}") from None
         pairs = content.get("labels", False) if isinstance(content, dict) else False
         if pairs is None:
@@ -300,29 +272,7 @@ class ImageDataset:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Pixels
-
-
-def to_pixels(image: Image.Image) -> np.ndarray:
-    """The pixels of an image of any mode as uint8 `[H, W]`, if it is grey, or `[H, W, 3]`.
-
-    Raises:
-        ValueError: values that have no scale.
-    """
-    transparency = image.info.get("transparency")
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError(f"pixel format {image.mode} has no scale; make it 8 or 16 bits a channel")
-        grey = ((values + 128) // 257).astype(np.uint8)  # v / 257, rounded
-        return grey if transparency is None else np.where(values == transparency, np.uint8(255), grey)
-    if isinstance(transparency, tuple) and max(transparency) > 255:
-        raise ValueError("16-bit colours, one of them transparent, are not read; make it 8 bits a channel")
-    is_grey = image.mode in GREY_MODES
-    if image.mode in ALPHA_MODES or transparency is not None:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.asarray(image.convert("L" if is_grey else "RGB"))
+# Files
 
 
 def read_image_array(path: Path) -> np.ndarray:
@@ -334,10 +284,6 @@ def read_image_array(path: Path) -> np.ndarray:
         raise UserError(f"{path} holds {shapes or 'nothing'}; expected one uint8 array [N, H, W, 1 or 3]")
     images = read_arrays(path, names)[names[0]]
     return (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def _files_below(root: Path) -> Iterator[str]:
@@ -356,7 +302,7 @@ def _files_below(root: Path) -> Iterator[str]:
         first = seen.setdefault((status.st_dev, status.st_ino), folder)
         if first != folder:
             raise UserError(f"{folder} and {first} are one folder, whose images would count twice; remove the link")
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_hidden(f"{name}/")]
         below = os.path.relpath(folder, root)
         for name in files:
             path = name if below == "." else PurePosixPath(below, name).as_posix()
@@ -377,7 +323,9 @@ def _check_file(root: Path, name: str) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    *folders, last = name.replace("\\", "/").split("/")
+    starts = any(part.startswith(".") and part not in (".", "..") for part in (*folders, last))
+    return starts or any(part.lower() in SYSTEM_FOLDERS for part in folders)
 
 
 def _suffix(name: str) -> str:

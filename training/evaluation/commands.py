@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dnnlib import UserError, make_folder
 from models.detectors import load_detector
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device
@@ -18,12 +20,28 @@ from .sources import REFERENCES, Source
 
 
 def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
-    """Join the process group, set the backends up and load the detector that the options name."""
+    """Join the process group, set the backends up and load the detector that the options name.
+
+    Args:
+        features: where to keep features.
+    """
+    check_outputs(features=features, out=opts.get("out"))
     device = pick_device(opts["device"], distributed.local_rank())
     configure_backends()
     distributed.init(device)
     detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
     return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
+
+
+def check_outputs(**paths: str | Path | None) -> None:
+    """Find files that cannot be written before any work is done; folders are made. Names are those of the options."""
+    for about, path in paths.items():
+        if path is not None:
+            make_folder(Path(path).parent, about)
+            if Path(path).is_dir():
+                raise UserError(f"{path} is a folder; expected the name of a file", about)
+            if Path(path).exists() and not os.access(path, os.W_OK):
+                raise UserError(f"{path} cannot be written; choose another name", about)
 
 
 def say(line: str) -> None:

@@ -105,6 +105,8 @@ def closed_gap(results: Sequence[dict[str, Any]]) -> str | None:
     if not same:
         return None
     start, end = min(same, key=lambda r: r["value"]), next(r for r in results if r["label"] == BEST)
+    if start["value"] == end["value"]:
+        return None
     share = (start["value"] - student["value"]) / (start["value"] - end["value"])
     return (
         f"At NFE {student['nfe']} the student closes {100 * share:.0f} % of the gap in {student['metric']} between "

@@ -55,6 +55,8 @@ class Extractor:
         union = np.unique(np.concatenate(blocks))
         made_of = {"images": distributed.on_first_rank(source.fingerprint), "indices": _digest(union)}
         rows = self.cached(self.cache, made_of, lambda: self._extract(source[union], keep=True, moments=False))
+        if len(rows) != len(union):
+            raise UserError(f"{self.cache} holds {len(rows)} features of {len(union)} images; remove it", "features")
         return [FeatureSet.from_features(rows[np.searchsorted(union, block)], moments) for block in blocks]
 
     def reference(self, source: Source, keep: bool, moments: bool = True) -> FeatureSet:
@@ -63,10 +65,8 @@ class Extractor:
             return FeatureSet(None if isinstance(source, StoredStatistics) else len(source))
         if not isinstance(source, StoredStatistics):
             return self.without_cache().describe(source, [np.arange(len(source))], keep, moments)[0]
-        if keep:
-            raise UserError(f"{source.path} holds mu and sigma only; this metric needs reference images or features")
         self._check_detector(source)
-        return FeatureSet(source.meta.get("num"), (source.mu, source.sigma))
+        return FeatureSet(source.count, (source.mu, source.sigma))
 
     def cached(self, cache: Path, made_of: dict[str, Any], compute: Callable[[], FeatureSet]) -> np.ndarray:
         """Features from the cache if it holds those of `made_of`, else from `compute`, which are then written there."""

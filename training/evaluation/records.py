@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, parse_json
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -30,8 +31,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             record = None
         if isinstance(record, dict):
             found.append(record)
@@ -41,10 +42,11 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def find_record(path: str | Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The last record with all of `key`, if there is one."""
+    """The last record with all of `key` and a number as its value, if there is one."""
     if not Path(path).exists():
         return None
-    found = [r for r in read_records(path) if all(name in r and r[name] == value for name, value in key.items())]
+    records = [r for r in read_records(path) if type(r.get("value")) in (int, float)]
+    found = [r for r in records if all(name in r and r[name] == value for name, value in key.items())]
     return found[-1] if found else None
 
 
@@ -59,10 +61,11 @@ def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
             lines = "\n" + lines  # the power failed in the middle of a line
         try:
             if file.write(lines.encode()) < len(lines.encode()):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(before)
-            raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a device cannot
+                file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _ends_in_newline(path: str | Path) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class StoredFeatures:
     def read(cls, path: Path) -> StoredFeatures:
         """Features of this program, whose checksum is compared, or of others."""
         arrays = read_arrays(path, ("features", "meta"))
+        if "features" not in arrays:
+            raise UserError(f"{path} holds no features; choose another file")
         rows, meta = arrays["features"], read_meta(arrays)
         if rows.ndim != 2 or rows.dtype != np.float32 or 0 in rows.shape:
             raise UserError(f"{path} holds features {rows.dtype} {list(rows.shape)}; expected float32 [N, D]")
@@ -92,6 +94,12 @@ class StoredStatistics:
         except ValueError as error:
             raise UserError(f"{path} holds no mean and covariance: {error}; make it again with fid.py ref") from None
         return cls(path, mu.numpy(), sigma.numpy(), read_meta(arrays))
+
+    @property
+    def count(self) -> int | None:
+        """Of how many images, if the file says so."""
+        num = self.meta.get("num")
+        return num if type(num) is int else None
 
     def fingerprint(self) -> str:
         return sha256_of(self.path)
@@ -139,8 +147,16 @@ def open_images(path: str | Path) -> ImageDataset | StoredFeatures:
     """
     source = open_source(path)
     if isinstance(source, StoredStatistics):
-        raise UserError(f"{path} holds statistics of images; expected images or their features")
+        raise UserError(f"{path} holds mu and sigma only; this metric needs images or their features")
     return source
+
+
+@overload
+def open_reference(name: str, statistics: Literal[False]) -> Callable[[], ImageDataset | StoredFeatures]: ...
+
+
+@overload
+def open_reference(name: str, statistics: bool) -> Callable[[], Source]: ...
 
 
 def open_reference(name: str, statistics: bool) -> Callable[[], Source]:
@@ -148,13 +164,20 @@ def open_reference(name: str, statistics: bool) -> Callable[[], Source]:
 
     What is on this machine is opened now, so that a wrong path is found before anything is fetched; what is remote is
     fetched by rank 0 when the function is called.
+
+    Args:
+        statistics: take a mean and a covariance, and rather than the images beside them; else they are refused.
     """
+
+    def opened_at(path: str | Path) -> Source:
+        return open_source(path, True) if statistics else open_images(path)
+
     place = REFERENCES.get(name, name) if not Path(name).exists() else name
     if not place.startswith(("https://", "http://")):
-        opened = open_source(place, statistics)
+        opened = opened_at(place)
         return lambda: opened
     prefix = "" if name in REFERENCES else hashlib.sha256(place.encode()).hexdigest()[:8] + "-"
-    return lambda: open_source(distributed.on_first_rank(functools.partial(_fetch, place, prefix)), statistics)
+    return lambda: opened_at(distributed.on_first_rank(functools.partial(_fetch, place, prefix)))
 
 
 def _fetch(url: str, prefix: str) -> Path:
