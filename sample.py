@@ -102,8 +102,8 @@ def write_comparison(
 @sample_options
 @section("Where to")
 @click.option(
-    "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>, for pictures that name "
-    "and -pictures", metavar="DIR|ZIP"
+    "--outdir", help="Folder, or an archive x.zip; default: ./samples/<dataset>/<model>-nfe<n>, for pictures "
+    "./pictures/<dataset>/<model>-nfe<n>", metavar="DIR|ZIP"
 )  # fmt: skip
 @click.option("--subdirs", help="A sub-folder for every 1000 seeds", is_flag=True)
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
@@ -147,8 +147,8 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
     # A picture among the samples would be one of the images that an evaluation counts.
-    beside = "-pictures" if opts["grid"] or opts["compare"] else ""
-    outdir = Path(opts["outdir"] or f"./samples/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}{beside}")
+    root = "pictures" if opts["grid"] or opts["compare"] else "samples"
+    outdir = Path(opts["outdir"] or f"./{root}/{model.dataset_name}/{opened.name}-nfe{sampler.nfe}")
     if distributed.rank() == 0:
         click.echo(f"{opened.name}: NFE {sampler.nfe}, {len(seeds)} images, {precision} on {device} → {outdir}")
     if opts["grid"] or opts["compare"]:

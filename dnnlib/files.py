@@ -65,6 +65,16 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse a pipe, which would be waited for, a device or a folder; what is not there is no concern of this.
+
+    Raises:
+        UserError: `path` is there and no regular file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no regular file; expected a file")
+
+
 def make_folder(path: str | Path, about: str | None = None) -> None:
     """Make a folder and its parents; a place that cannot be written is one clear line, about the option `about`."""
     try:

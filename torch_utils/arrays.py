@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib import UserError, first_line, parse_json, replacing
+from dnnlib import UserError, check_regular, first_line, parse_json, replacing
 
 #: What zipfile and its decompressors raise on a damaged or unsupported archive.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
@@ -57,6 +57,7 @@ def read_headers(path: str | Path) -> dict[str, Header]:
     Raises:
         UserError: missing, damaged, no `.npz`, or two arrays of one name.
     """
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".npy")]

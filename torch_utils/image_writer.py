@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dnnlib import UserError, first_line, make_folder, parse_json, replacing, write_text
+from dnnlib import UserError, check_regular, first_line, make_folder, parse_json, replacing, write_text
 
 from . import distributed
 from .images import to_pil
@@ -70,6 +70,7 @@ class ImageWriter:
         An archive has one writer, from its first image to its last.
         """
         if self.zipped and self.dest.exists():
+            check_regular(self.dest)
             return self._read_archive()
         make_folder(self.folder, "outdir")
         held = open(self.folder / LOCK, "w", encoding="utf-8")

@@ -560,9 +560,9 @@ def test_pictures_are_not_among_the_samples(tmp_path):
     for options in ({"grid": True}, {}, {"grid": True}, {"compare": True}):
         sample(student(), seeds="0-3", **options).ok()
     (folder,) = {path.parent for path in Path("samples").rglob("000000.png")}
-    assert len(ImageDataset(folder)) == 4
-    (pictures,) = {path.parent for path in Path("samples").rglob("grid.png")}
-    assert pictures == folder.with_name(folder.name + "-pictures") and (pictures / "compare.png").exists()
+    assert len(ImageDataset(folder)) == len(ImageDataset("samples")) == 4
+    (pictures,) = {path.parent for path in Path("pictures").rglob("grid.png")}
+    assert pictures.parts[1:] == folder.parts[1:] and (pictures / "compare.png").exists()
     for options in ({"grid": True}, {"compare": True}):
         sample(student(), seeds="0-3", outdir=folder, **options).refused("holds samples")
     sample(student(), seeds="0-3", outdir=pictures).refused("holds (grid|compare).png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -349,16 +350,22 @@ def test_the_inception_score_needs_no_features_of_the_reference(files, tmp_path,
     ("gen", dict(ref="nothere.npz"), "nothere.npz does not exist"),
     ("gen", dict(model_path="nothere.safetensors"), "nothere.safetensors"),
     ("compare", dict(ref="nothere.npz"), "nothere.npz does not exist"),
-    ("fid", dict(out="."), "--out: . is a folder"),
+    ("fid", dict(out="."), "--out: . is no file"),
     ("fid", dict(out="/dev/null/x/y.jsonl"), "--out: .*cannot be written"),
     ("fid", dict(features="/dev/null/x.npz"), "--features: .*cannot be written"),
-    ("prdc", dict(out="."), "--out: . is a folder"),
+    ("prdc", dict(out="."), "--out: . is no file"),
+    ("fid", dict(images="pipe.npz"), "pipe.npz is no regular file"),
+    ("fid", dict(ref="pipe.zip"), "pipe.zip is no regular file"),
+    ("fid", dict(out="pipe.zip"), "--out: pipe.zip is no file"),
+    ("fid", dict(features="pipe.npz"), "--features: pipe.npz is no file"),
     ("fid", dict(ref="statistics.npz", metrics="kid"), "holds mu and sigma only"),
     ("prdc", dict(images_ref="statistics.npz"), "holds mu and sigma only"),
 ])  # fmt: skip
 def test_missing_paths_are_found_before_anything_is_fetched(command, changes, words, files, monkeypatch):
     monkeypatch.setattr("dnnlib.download.fetch", lambda *a, **k: pytest.fail("something was fetched"))
     np.savez("statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for name in ("pipe.npz", "pipe.zip"):  # opening one waits for its writer
+        os.mkfifo(name)
     common = dict(device="cpu", workers=0)
     if command in ("gen", "compare"):
         defaults = dict(model_path=student(), ref=files / "real", precision="fp32")

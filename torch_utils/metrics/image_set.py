@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from dnnlib import UserError, first_line, parse_json, sha256_of
+from dnnlib import UserError, check_regular, first_line, parse_json, sha256_of
 
 from ..arrays import UNREADABLE, Header, read_arrays, read_headers
 from .pixels import ImageHeader, open_image, remarks, to_pixels
@@ -64,6 +64,8 @@ class ImageDataset:
         self.labels: np.ndarray | None = None
         self._archive: zipfile.ZipFile | None = None
         self._array: np.ndarray | None = None
+        if not self.path.is_dir():
+            check_regular(path)
         if self.path.suffix == ".npz" and not self.path.is_dir():
             self._array = read_image_array(self.path)
             self.names = [f"image {index}" for index in range(len(self._array))]

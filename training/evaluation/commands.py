@@ -38,8 +38,8 @@ def check_outputs(**paths: str | Path | None) -> None:
     for about, path in paths.items():
         if path is not None:
             make_folder(Path(path).parent, about)
-            if Path(path).is_dir():
-                raise UserError(f"{path} is a folder; expected the name of a file", about)
+            if Path(path).is_dir() or Path(path).is_fifo():
+                raise UserError(f"{path} is no file; choose another name", about)
             if Path(path).exists() and not os.access(path, os.W_OK):
                 raise UserError(f"{path} cannot be written; choose another name", about)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib import UserError, parse_json
+from dnnlib import UserError, check_regular, parse_json
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -24,6 +24,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: no such file, or another line that is not a JSON object.
     """
+    check_regular(path)
     try:
         lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
