@@ -141,9 +141,9 @@ def finish(
                     f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
             result = judge(sets, reference, metric, detector)
             found.append({**result, **facts, "desc": opts["desc"], **detector.identity()})
+        append_records(opts["out"], found)  # first, for nobody may be there to read the rest
         for result in found:
             show(result)
-        append_records(opts["out"], found)
 
     distributed.on_first_rank(work)
     distributed.shutdown()

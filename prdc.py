@@ -108,13 +108,13 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
 
     def work() -> None:
         values = compute_prdc(real.features, fake.features, nearest_k, extractor.detector.device)
-        for name, value in values.items():
-            click.echo(f"{name} {value:g}")
         published = extractor.detector.label == "FID"
         facts = dict(metric="PRDC" if published else f"PRDC({extractor.detector.name})", value=values, N=fake.count,
                      images=images, seed=seed, nearest_k=nearest_k, reference=images_ref, reference_N=real.count,
                      reference_sha256=real_source.fingerprint(), desc=opts["desc"])  # fmt: skip
         append_records(opts["out"], [{**facts, **extractor.detector.identity()}])
+        for name, value in values.items():
+            click.echo(f"{name} {value:g}")
 
     distributed.on_first_rank(work)
     distributed.shutdown()

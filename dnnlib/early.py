@@ -6,6 +6,7 @@ it; `dnnlib.signals` replaces them while a command runs.
 """
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -51,7 +52,15 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _print_anything() -> None:
+    """What the encoding of the output lacks (ASCII, in some containers) is replaced rather than an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 if is_command():
+    _print_anything()
     _check_packages()
     atexit.register(_ignore_signals)
     for _number in EXIT_CODES:

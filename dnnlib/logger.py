@@ -1,24 +1,40 @@
 """A copy of what the program prints, in a file of the run."""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
 
 
 class Logger:
-    """Print lines above a running progress bar and append them to `path` (None: print only)."""
+    """Print lines above a running progress bar and append them to `path` (None: print only).
+
+    Where nobody reads what is printed any more (a pipe to `head`, a terminal that is gone), the file alone gets it.
+    """
 
     def __init__(self, path: str | Path | None = None, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+        self._stream: TextIO | None = stream or sys.stdout  # None where a command was started without any
         self._file = open(path, "a", encoding="utf-8", buffering=1) if path is not None else None
 
     def __call__(self, line: str = "") -> None:
-        from tqdm import tqdm  # kept out of the start of commands
-
-        tqdm.write(line, file=self._stream)
-        self._stream.flush()
         if self._file is not None:
             self._file.write(line + "\n")
+        if self._stream is not None:
+            self._print(line, self._stream)
+
+    def _print(self, line: str, stream: TextIO) -> None:
+        from tqdm import tqdm  # kept out of the start of commands
+
+        try:
+            tqdm.write(line, file=stream)
+            stream.flush()
+        except (OSError, ValueError):  # ValueError: it is closed
+            if self._file is None:
+                raise
+            self._stream = None
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())  # what it holds back would be an error at the very end
 
     def close(self) -> None:
         if self._file is not None:

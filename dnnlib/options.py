@@ -106,8 +106,22 @@ class _Documented(click.Command):
             formatter.write_dl(EXIT_CODES_HELP)
 
 
+#: Metavars of options that may be empty.
+TEXTS = ("LIST", "STR", "TEXT")
+
+
 class Command(_Documented):
-    """A command whose help has its options under the headings of `section`."""
+    """A command whose help has its options under the headings of `section`, and that takes no empty path or name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """An empty path would be the current directory; most often a variable of the shell is not set."""
+        texts = {opt for param in self.params if param.metavar in TEXTS for opt in param.opts}
+        for before, arg in zip(["", *args], args):
+            name, equals, value = arg.partition("=")
+            is_empty = arg == "" and before not in texts
+            if is_empty or (arg.startswith("--") and equals and not value and name not in texts):
+                raise click.UsageError(f"{name or before or 'an argument'} is empty; is a variable not set?", ctx)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

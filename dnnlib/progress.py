@@ -60,10 +60,11 @@ def progress(
         lines: say something without a terminal too.
         bar: further arguments of tqdm.
     """
-    if show and lines and not sys.stderr.isatty():
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if show and lines and sys.stderr is not None and not is_terminal:
         return Lines(total, unit, initial, desc)
     from tqdm import tqdm  # kept out of the start of commands
 
     # Without a terminal a bar would be one endless line.
-    hidden = not (show and sys.stderr.isatty())
+    hidden = not (show and is_terminal)
     return tqdm(total=total, initial=initial, unit=unit, desc=desc, disable=hidden, dynamic_ncols=True, **bar)

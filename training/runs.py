@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.files import remove_leftovers
 from models.loading import RUNS_DIR
+from models.loading import find_run as path_of_run
 from torch_utils.checkpoint import read_settings, read_state, usable_state
 
 from .config import DistillConfig, check, differences, refuse_changes, with_defaults
@@ -307,7 +308,7 @@ def _images_of(line: str) -> float:
 
 def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
     """The directory of a run: a path, or the number of a run under `./exps`."""
-    found = sorted(runs_dir.glob(f"{int(run):05d}-*")) if run.isdigit() and not Path(run).exists() else [Path(run)]
-    if not found or not found[0].is_dir():
+    found = path_of_run(run, runs_dir)
+    if not found.is_dir():
         raise UserError(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
-    return found[0]
+    return found

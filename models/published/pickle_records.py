@@ -108,11 +108,12 @@ def numpy_values(budget: Budget, state: tuple) -> list[int | float | bool]:
 
 @dataclass(eq=False)
 class StorageRecord:
-    """Bytes of the file that hold `numel` values."""
+    """Bytes of the file that hold `numel` values, and their CRC-32 where the file has it."""
 
     data: memoryview
     dtype: torch.dtype
     numel: int
+    crc: int = 0
 
 
 @dataclass(eq=False)

@@ -7,7 +7,8 @@ such objects, and before torch 2.6 could be made to run code): `pickle_machine` 
 placeholder without content. Only what is wanted has to be tensors. Nothing of a file runs here in any case; one that
 names functions, or the parts of Python's library that act on a system, is refused, with a warning for other programs.
 
-Tensors are views of the mapped file: only what is used is read, and memory is shared with other processes.
+Tensors are views of the mapped file: only what is used is read, and memory is shared with other processes. In the zip
+format they have checksums, which are compared; the older format has none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -208,8 +210,9 @@ def _read_zip(path: str | os.PathLike, data: memoryview) -> Any:
         if (key, dtype) not in storages:
             if f"{root}data/{key}" not in records:
                 raise Refused(f"is damaged: it does not hold {shown(root)}data/{shown(key)}")
-            content = _content(data, records[f"{root}data/{key}"])
-            storages[key, dtype] = StorageRecord(content, dtype, len(content) // dtype.itemsize)
+            record = records[f"{root}data/{key}"]
+            content = _content(data, record)
+            storages[key, dtype] = StorageRecord(content, dtype, len(content) // dtype.itemsize, record.CRC)
         if storages[key, dtype].data.nbytes != numel * dtype.itemsize:
             raise Refused(f"is damaged: {shown(str(numel))} values announced in data/{shown(key)}, others are there")
         return storages[key, dtype]
@@ -307,6 +310,8 @@ def _check_memory(sizes: Iterable[int], max_bytes: int) -> None:
 def _flat(storage: StorageRecord) -> Tensor:
     if storage.numel == 0:
         return torch.empty(0, dtype=storage.dtype)
+    if storage.crc and zlib.crc32(storage.data) != storage.crc:  # torch can be told to write none, which is 0
+        raise Refused("is damaged: a checksum in it does not fit its values; get it again")
     content = torch.frombuffer(storage.data, dtype=torch.uint8)
     return _aligned(content).view(storage.dtype)
 

@@ -154,6 +154,21 @@ def test_log_keeps_what_was_printed_and_appends(tmp_path):
     Logger(None, io.StringIO())("x")
 
 
+def test_a_log_outlives_those_who_read_it(tmp_path):
+    """A pipe whose reader has ended, a full device, a closed stream."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = io.StringIO()
+    closed.close()
+    for stream in (os.fdopen(writer, "w"), open("/dev/full", "w"), closed):
+        log = Logger(tmp_path / "log.txt", stream)
+        log("one")
+        log("two")
+        log.close()
+        stream.close()
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n" * 3
+
+
 def test_errors_stay_one_line_whatever_they_quote(monkeypatch, capsys):
     code, text = outcome(UserError("no \x1b[31mfile\nsecond \x00 line"), monkeypatch, capsys)
     assert code == 1 and text.count("\n") == 1 and "\x1b" not in text and "\x00" not in text

@@ -33,6 +33,7 @@ from dnnlib import UserError
 from models.published import archives, pickle_records, torch_checkpoint
 from models.published.archives import extract_member
 from models.published.torch_checkpoint import read_checkpoint
+from torch_utils.checkpoint import check_state_dict
 
 
 def tensors():
@@ -520,6 +521,48 @@ def test_damage_is_one_line_or_harmless(data):
 
 
 WHOLE = {}
+
+
+def flipped(path, value, bit):
+    """Flip one bit of a float32 of the file that has this value."""
+    content = bytearray(path.read_bytes())
+    start = content.index(struct.pack("<f", value))
+    content[start + bit // 8] ^= 1 << bit % 8
+    path.unlink()  # it may be mapped
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("bit", [0, 7, 22, 30, 31])
+def test_flipped_bits_of_weights_are_noticed_where_they_can_be(bit, tmp_path):
+    """The zip format has checksums; in the older one, numbers that are no longer finite are refused by every network."""
+    state = {"a": torch.tensor([1.5, 1.25]), "b": torch.ones(3)}
+    for save, crc in ((save_zip, True), (save_zip, False), (save_legacy, True)):
+        path = tmp_path / f"{save.__name__}-{crc}.pth"
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(crc)
+        save(state, path)
+        torch.serialization.set_crc32_options(before)
+        assert same(read_checkpoint(path), state)
+        flipped(path, 1.5, bit)
+        if save is save_zip and crc:
+            assert "a checksum in it does not fit" in error_of(path)
+        elif bit == 30:  # 1.5 becomes NaN
+            with pytest.raises(UserError, match=r"\.pth holds numbers in a that are not finite"):
+                check_state_dict(state, read_checkpoint(path), path)
+        else:
+            check_state_dict(state, read_checkpoint(path), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_networks_refuse_numbers_that_are_not_finite(dtype, value):
+    values = torch.zeros(3, 5).to(dtype)
+    expected = {"a": torch.empty(3, 5, device="meta"), "b": torch.empty(0), "n": torch.zeros(2, dtype=torch.int64)}
+    found = {"a": values, "b": torch.empty(0), "n": torch.zeros(2, dtype=torch.int64)}
+    check_state_dict(expected, found, "x.pth")
+    values[2, 4] = value
+    with pytest.raises(UserError, match=r"x\.pth holds numbers in a that are not finite"):
+        check_state_dict(expected, found, "x.pth")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -27,7 +27,7 @@ import fid
 import prdc
 import sample
 import train
-from dnnlib.options import EXIT_CODES_HELP, Command, Group, Real, Whole, section
+from dnnlib.options import EXIT_CODES_HELP, TEXTS, Command, Group, Real, Whole, section
 from models import prefetch
 from models.export import __main__ as export
 from models.registry import ROWS
@@ -355,3 +355,22 @@ def test_exit_codes_of_the_shell(tmp_path):
     ):
         done = subprocess.run([sys.executable, ROOT / "sample.py", *arguments], cwd=tmp_path, capture_output=True)
         assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_path_or_name_may_be_empty(name):
+    """As where a variable of the shell is not set: an empty path would be the current directory."""
+    command = COMMANDS[name]
+    options = [p for p in command.params if isinstance(p, click.Option) and not p.is_flag and p.metavar not in TEXTS]
+    for option in (opt for param in options for opt in param.opts if opt.startswith("--")):
+        for arguments in ([f"{option}="], [option, ""]):
+            with pytest.raises(click.UsageError, match=rf"{option} is empty; is a variable not set"):
+                command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("run", ["²", "٣", "9" * 5000, "-5", "x" * 300])
+def test_what_is_no_number_of_a_run_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for script, arguments in (("training.plot", ["--", run]), ("fid", ["curve", "--ref=empty", "--", run])):
+        assert invoke(script, *arguments).refused("is no run|does not exist|File name too long").code == 1

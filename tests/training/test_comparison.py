@@ -275,7 +275,7 @@ def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three,
 def test_a_curve_of_nothing_is_one_line(files, tmp_path):
     (tmp_path / "empty").mkdir()
     for run, changes, words in (
-        ("empty", {}, "empty holds no network-snapshot"), ("7", {}, "7 is no run"),
+        ("empty", {}, "empty holds no network-snapshot"), ("7", {}, "run 7 does not exist"),
         ("empty", dict(figure="x.jpg"), "--figure: x.jpg is no figure"),
     ):  # fmt: skip
         curve(files, run=run, **changes).refused(words)

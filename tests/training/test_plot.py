@@ -84,7 +84,7 @@ def test_a_number_means_a_run_under_exps():
     shutil.copytree(student(), Path("exps") / "00007-mine")
     invoke("training.plot", 7).ok()
     assert is_picture(Path("exps/00007-mine/losses.png"))
-    invoke("training.plot", 8).refused("8 is no run")
+    invoke("training.plot", 8).refused("run 8 does not exist")
 
 
 def test_a_line_that_was_cut_off_is_left_out():
