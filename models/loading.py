@@ -321,14 +321,22 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student
     """A trainable copy of `teacher`, with step-condition layers if `sampling` asks for them and it has none.
 
     New layers take the global generator's numbers and end in zero weights, so that the student starts as its teacher.
+    Where there are none, no weight is drawn, and none has memory twice.
     """
-    net = type(teacher.net)(**{**teacher.net.init_kwargs, "use_step_condition": sampling.use_step_condition})
-    missing, unexpected = net.load_state_dict(teacher.net.state_dict(), strict=False)
-    if unexpected or any("step" not in name and "nfe" not in name for name in missing):
+    kind, device = type(teacher.net), next(teacher.parameters()).device
+    arguments = {**teacher.net.init_kwargs, "use_step_condition": sampling.use_step_condition}
+    with torch.device("meta"):
+        net = kind(**arguments)
+    weights = {name: tensor.clone() for name, tensor in teacher.net.state_dict().items()}
+    missing = net.state_dict().keys() - weights.keys()
+    if weights.keys() - net.state_dict().keys() or any("step" not in name and "nfe" not in name for name in missing):
         raise ValueError("the student's network must be the teacher's, with or without step-condition layers")
+    if missing:
+        weights = kind(**arguments).to(device).state_dict() | weights
+    net.load_state_dict(weights, assign=True)
     net.freeze_unused()
     net.normalize_weights()
-    return Student(net, sampling, teacher.latent).to(next(teacher.parameters()).device)
+    return Student(net, sampling, teacher.latent).to(device)
 
 
 def save_student(path: str | Path, student: Student, training: dict[str, Any]) -> None:

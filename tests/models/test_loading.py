@@ -91,6 +91,19 @@ def test_a_student_comes_back_as_it_was_saved(net, tmp_path, conditioned):
     assert torch.equal(loaded.denoise(x, 1.0, step_condition=step), student.eval().denoise(x, 1.0, step_condition=step))
 
 
+def test_the_weights_of_a_student_are_copied_and_not_drawn():
+    """New layers of a step condition alone are, and nothing is shared with the teacher."""
+    teacher = load_teacher("emoji32")
+    for conditioned in (False, True):
+        state = torch.random.get_rng_state()
+        student = make_student(teacher, SamplingSettings(**{**vars(SAMPLING), "use_step_condition": conditioned}))
+        assert torch.equal(torch.random.get_rng_state(), state) == (not conditioned)
+        own, theirs = student.net.state_dict(), teacher.net.state_dict()
+        assert all(torch.equal(own[k], v) and own[k].data_ptr() != v.data_ptr() for k, v in theirs.items())
+        assert (len(own) > len(theirs)) == conditioned and all(p.isfinite().all() for p in student.parameters())
+        assert all(p.requires_grad for name, p in student.named_parameters() if "augment" not in name)
+
+
 def test_the_newest_snapshot_of_a_run_directory_is_taken(tmp_path):
     for kimg in (5, 100, 20):
         (tmp_path / f"network-snapshot-{kimg:06d}.safetensors").touch()
