@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError
+from torch_utils.device import moved_to
 
 from .networks.autoencoders import Autoencoder, load_autoencoder
 from .networks.clip_text import TextEncoder
@@ -68,16 +69,11 @@ class LatentSpace:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
-        decoder = self._decoder_on(latents.device)
+        decoder = moved_to(latents.device, self.decoder())
         # States are scaled to about unit variance, which the first stage knows nothing of.
         if self.scale is not None:
             return 2 * decoder.decode(self.scale.latents(latents.float())) - 1
         return decoder.decode(latents / self._config["first_stage"].get("scale_factor", 1.0))
-
-    def _decoder_on(self, device: torch.device) -> Autoencoder:
-        decoder = self.decoder()
-        # Whoever moves a layer makes it cast its weights again.
-        return decoder if next(decoder.parameters()).device == device else decoder.to(device)
 
     def decoder(self) -> Autoencoder:
         """The first stage. Who decodes at the end of a long run asks for it at the start, to know that it is there."""

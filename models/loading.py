@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dnnlib import UserError, first_line, need, sha256_of
 from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
+from torch_utils.device import moved_to
 
 from .building import build_network, describe_network, highest_sigma, network_spec, read_config, row_config
 from .diffusers_precond import DiffusersPrecond
@@ -336,7 +337,7 @@ def make_student(teacher: DiffusionModel, sampling: SamplingSettings) -> Student
     net.load_state_dict(weights, assign=True)
     net.freeze_unused()
     net.normalize_weights()
-    return Student(net, sampling, teacher.latent).to(device)
+    return moved_to(device, Student(net, sampling, teacher.latent))
 
 
 def save_student(path: str | Path, student: Student, training: dict[str, Any]) -> None:

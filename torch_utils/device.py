@@ -1,14 +1,19 @@
 """Which device, precision and memory order to compute with."""
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from dnnlib import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,6 +88,12 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     if device.type not in ("cpu", "mps"):
         raise UserError(f"{name!r} is no device; expected cpu, cuda, cuda:N or mps", "device")
     return device
+
+
+def moved_to(device: torch.device, module: AnyModule) -> AnyModule:
+    """`module` on `device`. Nothing is done to one that is there: layers that are moved forget their cast weights."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return module if all(tensor.device == device for tensor in tensors) else module.to(device)
 
 
 def configure_backends(benchmark: bool = True) -> None:
