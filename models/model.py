@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dnnlib import UserError, first_line
 from solvers import SCHEDULES, Denoiser, NoiseSchedule, SamplingPlan, get_schedule, get_solver
 from torch_utils.graphs import Graphs
-from torch_utils.images import to_uint8
+from torch_utils.images import quantized
+from torch_utils.transfers import downloaded
 
 from .conditions import Conditions
 from .diffusers_space import AnySpace
@@ -335,7 +336,7 @@ class Student(DiffusionModel):
             UserError: something that this student cannot be asked for.
         """
         states = self._sample(seeds, class_labels, prompts, num_steps, batch, guidance_rate, noise)
-        return np.concatenate([to_uint8(self.decode(part)) for part in states])
+        return np.concatenate(list(downloaded(quantized(self.decode(part)) for part in states)))
 
     def sample_states(self, seeds: Sequence[int], **options: Any) -> Tensor:
         """What `sample` makes images of, by the same arguments: `[N, C, h, w]`, float32; `decode` takes them."""

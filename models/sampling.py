@@ -17,8 +17,9 @@ from torch.nn.functional import one_hot
 from dnnlib import UserError
 from solvers import Callback, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils.graphs import Graphs
-from torch_utils.images import to_uint8
+from torch_utils.images import quantized
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
+from torch_utils.transfers import downloaded, upload
 
 from .loading import (
     digest_of,
@@ -105,9 +106,12 @@ class Sampler:
         batch: int = 64,
         noise: Tensor | None = None,
     ) -> Iterator[np.ndarray]:
-        """uint8 images `[B, H, W, C]` of `seeds` in their order, some at a time, as `states` says."""
-        for states in self.states(seeds, class_index, batch, noise):
-            yield to_uint8(self.model.decode(states))
+        """uint8 images `[B, H, W, C]` of `seeds` in their order, some at a time, as `states` says.
+
+        A GPU begins the next ones before these are waited for.
+        """
+        states = self.states(seeds, class_index, batch, noise)
+        yield from downloaded(quantized(self.model.decode(part)) for part in states)
 
     def images(self, seeds: Sequence[int], class_index: int | None = None, batch: int = 64) -> np.ndarray:
         """uint8 images of all `seeds`, `[N, H, W, C]`."""
@@ -140,7 +144,7 @@ def draw_latents(
     device = next(model.parameters()).device
     generators = sample_generators(seeds)
     drawn = stacked_randn(generators, model.shape)
-    x = (drawn if noise is None else noise).to(device) * model.sigma_max
+    x = upload(drawn if noise is None else noise, device) * model.sigma_max
     if model.has_text:
         if prompts is None:
             raise ValueError(f"{model.dataset_name} is conditioned on text: it needs prompts")
@@ -151,7 +155,7 @@ def draw_latents(
     index = draw_classes(generators, model.label_dim, model.net.class_frequencies)
     if class_index is not None:
         index = torch.as_tensor(class_index).expand_as(index)
-    return x, one_hot(index, model.label_dim).float().to(device)
+    return x, upload(one_hot(index, model.label_dim).float(), device)
 
 
 def student_sampler(

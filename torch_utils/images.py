@@ -12,9 +12,14 @@ from torch import Tensor
 from dnnlib import replacing
 
 
+def quantized(images: Tensor) -> Tensor:
+    """Images in [-1, 1], `[N, C, H, W]` → uint8 `[N, H, W, C]`, on their device."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images in [-1, 1], `[N, C, H, W]` → uint8 `[N, H, W, C]`, on the CPU."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """The same on the CPU, as an array."""
+    return quantized(images).cpu().numpy()
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

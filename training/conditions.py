@@ -13,6 +13,7 @@ from models.model import Given, Student
 from models.prompts import Prompts
 from torch_utils import distributed
 from torch_utils.random import draw_classes, generator
+from torch_utils.transfers import upload
 
 from .config import DistillConfig
 
@@ -65,7 +66,7 @@ class Batches:
         share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
         noise = draw_noise(config.seed, iteration, config.batch, self.student.shape)[share]
         num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
-        return self._to_device(noise), self.draw_cond(iteration, share), num_steps
+        return upload(noise, self.device), self.draw_cond(iteration, share), num_steps
 
     def draw_cond(self, iteration: int, share: slice) -> Given:
         """One-hot labels or text conditions of a share of the batch; None for neither."""
@@ -75,9 +76,4 @@ class Batches:
             return self.student.encode_text(captions[share])
         net = self.student.net
         labels = draw_labels(config.seed, iteration, config.batch, net.label_dim, net.class_frequencies)
-        return None if labels is None else self._to_device(labels[share])
-
-    def _to_device(self, value: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return value.contiguous().pin_memory().to(self.device, non_blocking=True)
-        return value.to(self.device)
+        return None if labels is None else upload(labels[share], self.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dnnlib import UserError
 from torch_utils import distributed
+from torch_utils.transfers import Download
 
 from .distill import Distiller
 
@@ -25,25 +26,21 @@ class LaggedCount:
 
     def __init__(self, counter: Tensor, value: int = 0) -> None:
         self._counter, self._value = counter, value
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: Download | None = None
 
     def poll(self) -> int:
         if self._counter.device.type != "cuda":
             self._value = int(self._counter)
             return self._value
-        host = torch.empty((), pin_memory=True).copy_(self._counter, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        pending = Download(self._counter)
         self.wait()
-        self._pending = (host, event)
+        self._pending = pending
         return self._value
 
     def wait(self) -> None:
         """Take in what is on its way."""
         if self._pending is not None:
-            host, event = self._pending
-            event.synchronize()
-            self._value, self._pending = int(host), None
+            self._value, self._pending = int(self._pending.get()), None
 
 
 class Health:

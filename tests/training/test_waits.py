@@ -9,6 +9,8 @@ from test_distill import GOLDEN, make_distiller
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.sampling import student_sampler
+from torch_utils import transfers
 from training import health
 
 #: Operations whose result the host needs: what runs them waits until a GPU has come to them.
@@ -54,10 +56,17 @@ def test_an_iteration_reads_no_value(name, changes):
     assert reads.seen == []
 
 
+def test_sampling_reads_no_value():
+    student = make_distiller("sfd").student.eval()
+    with Reads() as reads:
+        assert len(student_sampler(student).images(range(20))) == 20
+    assert reads.seen == []
+
+
 class Counter:
     """A tensor on a GPU."""
 
-    device = torch.device("cuda", 0)
+    device, shape, dtype = torch.device("cuda", 0), torch.Size(), torch.float32
     value = 0
 
 
@@ -70,6 +79,9 @@ class Host:
     def copy_(self, counter, non_blocking):
         assert non_blocking
         self.sent = counter.value
+        return self
+
+    def cpu(self):
         return self
 
     def __int__(self):
@@ -92,7 +104,7 @@ class Event:
 def test_a_count_on_a_gpu_lags_by_exactly_one_poll():
     hosts = []
 
-    def empty(shape, pin_memory):
+    def empty(shape, dtype, pin_memory):
         assert pin_memory
         hosts.append(Host())
         return hosts[-1]
@@ -100,7 +112,7 @@ def test_a_count_on_a_gpu_lags_by_exactly_one_poll():
     cuda = types.SimpleNamespace(Event=lambda: Event(hosts[-1]))
     counter = Counter()
     count = health.LaggedCount(counter, value=7)
-    with mock.patch.object(health, "torch", types.SimpleNamespace(empty=empty, cuda=cuda)):
+    with mock.patch.object(transfers, "torch", types.SimpleNamespace(empty=empty, cuda=cuda)):
         seen = []
         for counter.value in (8, 9, 12):
             seen.append(count.poll())
@@ -110,3 +122,52 @@ def test_a_count_on_a_gpu_lags_by_exactly_one_poll():
         count.wait()  # nothing is lost if it is waited for twice
         count.wait()
         assert count.poll() == 12
+
+
+class Images(Counter):
+    def __init__(self, value):
+        self.value = value
+
+
+class Pinned(Host):
+    def numpy(self):
+        return int(self)
+
+
+def test_a_gpu_makes_the_next_images_before_these_are_waited_for():
+    """One wait for each batch, and none before the next batch was begun."""
+    log, hosts = [], []
+
+    class Logged(Event):
+        def synchronize(self):
+            super().synchronize()
+            log.append(f"wait {self.host.sent}")
+
+    def empty(shape, dtype, pin_memory):
+        hosts.append(Pinned())
+        return hosts[-1]
+
+    def parts():
+        for i in range(4):
+            log.append(f"make {i}")
+            yield Images(i)
+
+    cuda = types.SimpleNamespace(Event=lambda: Logged(hosts[-1]))
+    with mock.patch.object(transfers, "torch", types.SimpleNamespace(empty=empty, cuda=cuda)):
+        for images in transfers.downloaded(parts()):
+            log.append(f"write {images}")
+    order = "make 0, make 1, wait 0, write 0, make 2, wait 1, write 1, make 3, wait 2, write 2, wait 3, write 3"
+    assert ", ".join(log) == order
+
+
+def test_on_the_cpu_nothing_is_held_back():
+    log = []
+
+    def parts():
+        for i in range(2):
+            log.append(f"make {i}")
+            yield torch.full([1], i)
+
+    for images in transfers.downloaded(parts()):
+        log.append(f"write {images[0]}")
+    assert ", ".join(log) == "make 0, write 0, make 1, write 1"
