@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, Whole, device_option, offline_option, precision_option, section
 from dnnlib.progress import progress
+from models.latent import DECODE_PRECISIONS, pick_decode_precision
 from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
@@ -113,6 +114,8 @@ def write_comparison(
 @section("Machine")
 @click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64)
 @precision_option
+@click.option("--decode_precision", help="First stage of latent models; default: tf32 on CUDA, else fp32",
+              type=click.Choice(list(DECODE_PRECISIONS)))  # fmt: skip
 @device_option
 @cuda_graph_option
 @offline_option
@@ -131,6 +134,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
     check_mode(opts["cuda_graph"], device)
+    pick_decode_precision(opts["decode_precision"], device)
     options = sampler_options(opts)
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
@@ -143,7 +147,9 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     configure_backends()
     distributed.init(device)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
-    opened = open_sampler(model_path, dataset_name, options, device, dtype, teacher_path, opts["cuda_graph"])
+    opened = open_sampler(
+        model_path, dataset_name, options, device, dtype, teacher_path, opts["cuda_graph"], opts["decode_precision"]
+    )
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
     # A picture among the samples would be one of the images that an evaluation counts.

@@ -16,7 +16,7 @@ from dnnlib import UserError
 
 from .conditions import Conditions
 from .diffusers_text import TextEncoders
-from .latent import LatentSpace
+from .latent import LatentSpace, decoding_in
 from .networks.diffusers_modules import build_module, check_numbers, import_diffusers
 from .published.diffusers import read_json
 from .published.diffusers_folder import Folder, buildable, load_weights
@@ -26,7 +26,9 @@ DECODED = 4
 
 
 class FolderSpace:
-    """From latents to images, and from captions to conditions."""
+    """From latents to images, and from captions to conditions; `decode_precision` as `LatentSpace` has it."""
+
+    decode_precision: str | None = None
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -35,11 +37,15 @@ class FolderSpace:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
-        autoencoder = self.decoder().to(latents.device)
-        scale, shift = read_scale(autoencoder.config), autoencoder.config.shift_factor or 0.0
+        scale, shift = read_scale(self.decoder().config), self.decoder().config.shift_factor or 0.0
         parts = (latents.float() / scale + shift).split(DECODED)
-        with torch.no_grad():
-            return torch.cat([autoencoder.decode(part, return_dict=False)[0] for part in parts])
+        with torch.no_grad(), decoding_in(self.decode_precision, latents.device) as dtype:
+            if dtype == torch.float16 and self.decoder().config.force_upcast:
+                raise UserError(
+                    f"{self.folder.path / 'vae'} overflows in fp16 (force_upcast); leave it out", "decode_precision"
+                )
+            autoencoder = self.decoder().to(latents.device, dtype)
+            return torch.cat([autoencoder.decode(part.to(dtype), return_dict=False)[0].float() for part in parts])
 
     def decoder(self) -> Any:
         """The autoencoder. Who decodes at the end of a long run asks for it at the start, to know that it is there."""

@@ -7,7 +7,8 @@ needed, so a run that decodes nothing reads neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,35 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError
-from torch_utils.device import moved_to
+from torch_utils.device import PRECISIONS, moved_to, tensor_floats
 
 from .networks.autoencoders import Autoencoder, load_autoencoder
 from .networks.clip_text import TextEncoder
 from .published.state_dicts import FIRST_STAGE, TEXT, below
+
+#: What the first stage computes in: float32 by TF32 products, or a dtype.
+DECODE_PRECISIONS = {"tf32": torch.float32, **PRECISIONS}
+
+
+def pick_decode_precision(name: str | None, device: torch.device) -> str:
+    """`name`, or the default of the device: tf32 on CUDA, fp32 elsewhere.
+
+    Against float32, tf32 and fp16 move a value of an 8-bit image by at most 1, bf16 by about 5; fp16 can overflow.
+
+    Raises:
+        UserError: tf32 without CUDA.
+    """
+    if name == "tf32" and device.type != "cuda":
+        raise UserError(f"tf32 is of CUDA, and this is on {device.type}; leave it out", "decode_precision")
+    return name or ("tf32" if device.type == "cuda" else "fp32")
+
+
+@contextmanager
+def decoding_in(name: str | None, device: torch.device) -> Iterator[torch.dtype]:
+    """Within, what `pick_decode_precision` says is so; gives the dtype of features."""
+    name = pick_decode_precision(name, device)
+    with tensor_floats(name == "tf32"):
+        yield DECODE_PRECISIONS[name]
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,12 @@ class LatentSpace:
         config: what `models/configs` says of the model: `first_stage` and, for a text-conditioned one, `text`.
         read: gives the tensors of the published file, and the file. It is called once, when first needed.
         scale: of the latents of EDM2, whose autoencoder was given images in [0, 1].
+
+    Attributes:
+        decode_precision: what images are made in, see `pick_decode_precision`.
     """
+
+    decode_precision: str | None = None
 
     def __init__(
         self,
@@ -70,10 +100,11 @@ class LatentSpace:
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
         decoder = moved_to(latents.device, self.decoder())
-        # States are scaled to about unit variance, which the first stage knows nothing of.
-        if self.scale is not None:
-            return 2 * decoder.decode(self.scale.latents(latents.float())) - 1
-        return decoder.decode(latents / self._config["first_stage"].get("scale_factor", 1.0))
+        with decoding_in(self.decode_precision, latents.device) as decoder.compute_dtype:
+            # States are scaled to about unit variance, which the first stage knows nothing of.
+            if self.scale is not None:
+                return 2 * decoder.decode(self.scale.latents(latents.float())) - 1
+            return decoder.decode(latents / self._config["first_stage"].get("scale_factor", 1.0))
 
     def decoder(self) -> Autoencoder:
         """The first stage. Who decodes at the end of a long run asks for it at the start, to know that it is there."""

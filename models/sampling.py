@@ -21,6 +21,7 @@ from torch_utils.images import quantized
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 from torch_utils.transfers import downloaded, upload
 
+from .latent import pick_decode_precision
 from .loading import (
     digest_of,
     find_model,
@@ -320,6 +321,7 @@ def open_sampler(
     dtype: torch.dtype,
     teacher_path: str | None = None,
     cuda_graph: str = "auto",
+    decode_precision: str | None = None,
 ) -> OpenedSampler:
     """The sampler that a command line describes.
 
@@ -330,6 +332,7 @@ def open_sampler(
         dtype: of the network's core.
         teacher_path: where a student's teacher is, if not where it was.
         cuda_graph: mode of `Graphs`.
+        decode_precision: of a latent model's first stage, see `pick_decode_precision`.
 
     Raises:
         UserError: whatever does not fit together.
@@ -361,8 +364,13 @@ def open_sampler(
         identity = {"num_steps": len(sampler.sigmas)}
     model.check_guidance(sampler.plan.guidance_rate)
     model.compute_dtype = dtype
+    if model.latent is None and decode_precision is not None:
+        raise UserError(f"is for latents, and {model.dataset_name} makes images; leave it out", "decode_precision")
     if model.latent is not None:
         model.latent.decoder()  # so that a file without one is found now
+        model.latent.decode_precision = pick_decode_precision(decode_precision, device)
+        if model.latent.decode_precision != "fp32":
+            identity["decode_precision"] = model.latent.decode_precision
     if prompts is None and sampler.plan.guidance_rate != 1:
         identity["guidance_rate"] = sampler.plan.guidance_rate
     if prompts is not None:

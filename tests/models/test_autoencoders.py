@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_files import GOLDEN, Golden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
+from models.latent import DECODE_PRECISIONS, decoding_in, pick_decode_precision
 from models.networks import autoencoders
 from models.networks.autoencoders import INSTALL_TAMING, Autoencoder, KLAutoencoder, VQAutoencoder, load_autoencoder
+from torch_utils.device import tensor_floats
+from torch_utils.images import quantized
+from training.inputs import fill_randomly
 
 PUBLISHED = GOLDEN
 #: recommended by the reference: atol 1e-4
@@ -96,6 +101,76 @@ def test_half_precision_stays_inside(file, name):
     assert set(seen) == {torch.float32, torch.float16}
     assert half.dtype == torch.float32 and not half.requires_grad
     assert (half - single).abs().max() < 0.02
+
+
+def tf32(t: Tensor) -> Tensor:
+    """As a tensor core reads it: rounded to 10 bits of mantissa."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def decode_in(precision: str, net: Autoencoder, z: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What a GPU would make of latents, up to the order of sums."""
+    net.compute_dtype = DECODE_PRECISIONS[precision]
+    with monkeypatch.context() as patch:
+        if precision == "tf32":
+            conv, attend = F.conv2d, F.scaled_dot_product_attention
+            patch.setattr(F, "conv2d", lambda x, w, b=None, **options: conv(tf32(x), tf32(w), b, **options))
+            patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: attend(tf32(q), tf32(k), tf32(v)))
+        return net.decode(z)
+
+
+def test_tf32_has_10_bits():
+    values = torch.tensor([1 + 2**-10, 1 + 2**-12, -3.0, 0.0])
+    assert tf32(values).tolist() == [1 + 2**-10, 1, -3.0, 0.0]
+
+
+@pytest.mark.parametrize("cls, arguments", [
+    (KLAutoencoder, {**TINY_KL, "ch": 32}),
+    pytest.param(VQAutoencoder, FULL_VQ, marks=pytest.mark.slow),
+    pytest.param(KLAutoencoder, FULL_KL, marks=pytest.mark.slow),
+])  # fmt: skip
+@pytest.mark.parametrize("precision, steps, changed", [("tf32", 1, 0.1), ("fp16", 1, 0.15), ("bf16", 12, 0.75)])
+def test_images_move_by_so_many_8_bit_steps(cls, arguments, precision, steps, changed, monkeypatch):
+    """tf32, CUDA's default, and fp16 are lossless to the eye, bf16 is not: largest step, and part of the values.
+
+    Weights are random; images are scaled to the standard deviation of pictures, 0.5.
+    """
+    if cls is VQAutoencoder:
+        needs_taming()
+    net = cls(**arguments).eval()
+    fill_randomly(net)
+    z = torch.randn(1, arguments["embed_dim"], 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = net.decode(z)
+    found = decode_in(precision, net, z, monkeypatch)
+    images, other = (quantized((x - expected.mean()) * (0.5 / expected.std())).int() for x in (expected, found))
+    off = (images - other).abs()
+    assert 0 < off.max() <= steps
+    assert 0.001 < (off > 0).float().mean() < changed
+
+
+def test_the_default_precision_is_of_the_device():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    found = [pick_decode_precision(name, device) for name in (None, "fp16") for device in (cpu, cuda)]
+    assert found == ["fp32", "tf32", "fp16", "fp16"]
+    with pytest.raises(UserError, match="tf32 is of CUDA, and this is on cpu"):
+        pick_decode_precision("tf32", cpu)
+
+
+@pytest.mark.parametrize("precision, allowed, dtype", [
+    (None, False, torch.float32), ("fp32", False, torch.float32), ("bf16", False, torch.bfloat16),
+    ("tf32", True, torch.float32),
+])  # fmt: skip
+def test_tf32_is_allowed_for_decoding_alone(precision, allowed, dtype):
+    def flags() -> list[bool]:
+        return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+
+    before = flags()
+    device = torch.device("cuda", 0) if precision == "tf32" else torch.device("cpu")
+    with tensor_floats(False):
+        with decoding_in(precision, device) as found:
+            assert flags() == [allowed, allowed] and found == dtype
+        assert flags() == [False, False]
+    assert flags() == before
 
 
 def test_an_image_does_not_depend_on_its_batch():
