@@ -14,6 +14,8 @@ Backwards, with ĝ = ∂L/∂z, a = Σ ĝ x, b = Σ ĝ:
     k = −r² mean_D(w ∂L/∂w) / n      c = k (m − μ) − r mean_D(w b) / n
 
 Half-precision features are widened to float32, and rounded once at the end.
+
+Where torch's own normalisation is faster, it makes z, in the same way. It knows no shift, which is added before.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 #: On the CPU a batch goes through in parts of so many float32 values, which stay in the cache between operations.
-CACHED = 1 << 19
+CACHED = 1 << 17
+#: Pixels from which torch's own kernel goes through half-precision features in the order of memory.
+MANY_PIXELS = 1024
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -47,37 +51,20 @@ class GroupNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
     ) -> Tensor:
-        work, y = _Work(x, groups), torch.empty_like(x)
-        w, beta = work.by_group(weight), work.by_group(bias)
-        m = None if shift is None else work.by_group(shift)
-        saved = []
-        for part, pixels, spare in work.parts(x):
-            s1 = pixels.sum(1).view(work.groups)
-            s2 = torch.mul(pixels, pixels, out=spare).sum(1).view(work.groups)
-            first = s1
-            if m is not None:
-                s2 = s2.addcmul_(m[part], torch.add(2 * s1, m[part], alpha=work.count))
-                first = torch.add(s1, m[part], alpha=work.count)
-            mean = work.mean(first)
-            rstd = work.mean(s2).addcmul_(mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
-            centre = -mean if m is None else m[part] - mean
-            scale = rstd * _of(w, part)
-            offset = torch.addcmul(_of(beta, part), centre, scale)
-            torch.addcmul(_row(offset), pixels, _row(scale), out=spare)
-            _pixels(y)[part].copy_(F.silu(spare, inplace=True) if silu else spare)
-            saved += [s1, rstd, centre, scale, offset]
-        ctx.save_for_backward(x, w, *saved)
+        normalize = _by_torch if _suits_torch(x, weight) else _by_parts
+        x, y, *moments = normalize(x, weight, bias, shift, groups, eps, silu)
+        ctx.save_for_backward(x, weight, *moments)
         ctx.silu, ctx.inputs = silu, [None if t is None else (t.dtype, t.ndim == 1) for t in (weight, bias, shift)]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, *saved = ctx.saved_tensors
-        work, grad = _Work(x, saved[0].shape[1]), _pixels(grad.contiguous(memory_format=torch.channels_last))
-        grad_x, wide, own = torch.empty_like(x), work.buffer(), []
-        for i, (part, pixels, spare) in enumerate(work.parts(x)):
-            s1, rstd, centre, scale, offset = saved[5 * i : 5 * i + 5]
+        x, weight, *moments = ctx.saved_tensors
+        work, grad = _Work(x, moments[0].shape[1]), _pixels(grad.contiguous(memory_format=torch.channels_last))
+        grad_x, wide, own, w = torch.empty_like(x), work.buffer(), [], work.by_group(weight)
+        for part, pixels, spare in work.parts(x):
+            rstd, centre, scale, offset = (moment[part] for moment in moments)
             g = wide[: len(pixels)].copy_(grad[part])
             if ctx.silu:
                 torch.addcmul(_row(offset), pixels, _row(scale), out=spare)
@@ -89,6 +76,8 @@ class GroupNormFunction(torch.autograd.Function):
             c = torch.addcmul(work.mean(_of(w, part) * b).mul_(rstd).neg_(), k, centre).expand_as(scale)
             torch.addcmul(_row(c), pixels, _row(k.expand_as(scale)), out=spare).addcmul_(g, _row(scale))
             _pixels(grad_x)[part].copy_(spare)
+            # Of a shift there is no use where there is none.
+            s1 = b if ctx.inputs[2] is None else pixels.sum(1).view(work.groups)
             own.append((grad_w, b, scale * b + k * s1 + work.count * c))
         grads: list[Tensor | None] = []
         for values, kind in zip(zip(*own), ctx.inputs):
@@ -99,6 +88,52 @@ class GroupNormFunction(torch.autograd.Function):
             value = torch.cat(values).flatten(1)
             grads.append((value.sum(0) if is_shared else value).to(dtype))
         return grad_x, *grads, None, None, None
+
+
+def _suits_torch(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own kernel is the faster one: on the CPU, in float32 or for many pixels, with weights for all."""
+    is_wide = x.dtype == weight.dtype
+    is_large = x.shape[2] * x.shape[3] >= MANY_PIXELS and weight.dtype == torch.float32
+    return x.device.type == "cpu" and weight.ndim == 1 and (is_wide or is_large)
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
+    """What was normalised, with its shift, and the result; of each group or channel r, m − μ, A and B."""
+    x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
+    work = _Work(x, groups)
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), x.shape[1], work.count, groups, eps)
+    centre, rstd = -mean[:, :, None].to(work.dtype), rstd[:, :, None].to(work.dtype)
+    scale = rstd * work.by_group(weight)
+    offset = torch.addcmul(work.by_group(bias), centre, scale)
+    return x, F.silu(y, inplace=True) if silu else y, rstd, centre, scale, offset
+
+
+def _by_parts(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
+    """The same, but for the shift, which is not in what it says was normalised."""
+    work, y = _Work(x, groups), torch.empty_like(x)
+    w, beta = work.by_group(weight), work.by_group(bias)
+    m = None if shift is None else work.by_group(shift)
+    moments = []
+    for part, pixels, spare in work.parts(x):
+        s1 = pixels.sum(1).view(work.groups)
+        s2 = torch.mul(pixels, pixels, out=spare).sum(1).view(work.groups)
+        first = s1
+        if m is not None:
+            s2 = s2.addcmul_(m[part], torch.add(2 * s1, m[part], alpha=work.count))
+            first = torch.add(s1, m[part], alpha=work.count)
+        mean = work.mean(first)
+        rstd = work.mean(s2).addcmul_(mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
+        centre = -mean if m is None else m[part] - mean
+        scale = rstd * _of(w, part)
+        offset = torch.addcmul(_of(beta, part), centre, scale)
+        torch.addcmul(_row(offset), pixels, _row(scale), out=spare)
+        _pixels(y)[part].copy_(F.silu(spare, inplace=True) if silu else spare)
+        moments.append((rstd, centre, scale, offset))
+    return x, y, *map(torch.cat, zip(*moments))
 
 
 class _Work:

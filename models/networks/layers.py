@@ -25,6 +25,8 @@ Init = Callable[[Sequence[int], int, int], Tensor]
 Weights = tuple[Tensor, Any]
 #: Gradients of so many layers are in half precision at a time.
 LAYERS_AT_A_TIME = 32
+#: Pairs of tokens up to which gradients of attention are computed by products on the CPU.
+FEW_PAIRS = 256**2
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -334,12 +336,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`.
 
     Fused kernels want the channels of a head side by side. On the meta device, where memory and kernels are counted, it
-    is the one of CUDA that keeps no products.
+    is the one of CUDA that keeps no products. That of the CPU is slow backwards, where few tokens go without it.
     """
+    has_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.device.type == "cpu" and has_gradient and q.shape[2] * k.shape[2] <= FEW_PAIRS and not is_plain():
+        return _FewTokens.apply(q, k, v)
     if q.device.type == "meta" and not is_plain() and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        keeps_sums = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, keeps_sums)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, has_gradient)[0]
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class _FewTokens(torch.autograd.Function):
+    """Attention `P v` with P = softmax(q kᵀ / √C), which is computed again for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        q = q * q.shape[-1] ** -0.5
+        p = torch.softmax(q @ k.mT, dim=-1)
+        grad_p = torch.ops.aten._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        return (grad_p @ k).mul_(q.shape[-1] ** -0.5), grad_p.mT @ q, p.mT @ grad
 
 
 def to_tokens(x: Tensor) -> Tensor:

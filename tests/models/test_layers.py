@@ -17,7 +17,7 @@ import models.networks.group_norm
 import models.networks.layers
 from models.networks.autoencoders import KLAutoencoder
 from models.networks.group_norm import GroupNormFunction
-from models.networks.layers import Conv2d, GroupNorm, freeze
+from models.networks.layers import Conv2d, GroupNorm, attend, freeze
 from models.precond import Precond
 from torch_utils.device import channels_last_on, plain_operations
 
@@ -217,9 +217,12 @@ def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("cached", [1, 1 << 19])
+@pytest.mark.parametrize("cached", [1, 1 << 19, None])
 def test_gradients_of_the_group_norm(monkeypatch, silu, per_sample, shifted, cached):
-    monkeypatch.setattr(models.networks.group_norm, "CACHED", cached)  # 1: every sample is a part
+    """In parts, of one sample or of all; with None by torch's kernel, where samples share weights."""
+    if cached is not None:
+        monkeypatch.setattr(models.networks.group_norm, "CACHED", cached)
+        monkeypatch.setattr(models.networks.group_norm, "_suits_torch", lambda x, weight: False)
     x = channels_last(3, 12, 2, 3, dtype=torch.float64).requires_grad_()
     rng = torch.Generator().manual_seed(1)
     shape = (3, 12) if per_sample else (12,)
@@ -239,6 +242,50 @@ def test_half_precision_group_norm_rounds_once(dtype):
     found = norm(x, silu=True)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("pixels, by_torch", [(16, False), (32, True)])
+def test_half_precision_group_norm_against_float64(pixels, by_torch, shifted, monkeypatch):
+    """Values and gradients, of few pixels in parts and of many by torch's kernel."""
+    x = channels_last(2, 12, pixels, pixels, dtype=torch.bfloat16)
+    rng = torch.Generator().manual_seed(1)
+    weight, bias = 1 + torch.randn(12, generator=rng) / 4, torch.randn(12, generator=rng)
+    shift = torch.randn(2, 12, generator=rng) if shifted else None
+    grad = channels_last(2, 12, pixels, pixels, dtype=torch.bfloat16)
+    kernel, calls = torch.native_group_norm, []
+    monkeypatch.setattr(torch, "native_group_norm", lambda *args: calls.append(1) or kernel(*args))
+
+    def run(dtype: torch.dtype | None) -> list[torch.Tensor]:
+        cast = [None if t is None else (t if dtype is None else t.to(dtype)) for t in (x, weight, bias, shift)]
+        given = [None if t is None else t.clone(memory_format=torch.preserve_format).requires_grad_() for t in cast]
+        if dtype is None:
+            y = GroupNormFunction.apply(*given, 3, 1e-5, True)
+        else:
+            moved = given[0] if shift is None else given[0] + given[3][:, :, None, None]
+            y = F.silu(F.group_norm(moved, 3, given[1], given[2], 1e-5))
+        y.backward(grad.to(y.dtype))
+        return [y.detach(), *(t.grad for t in given if t is not None)]
+
+    found, expected = run(None), run(torch.float64)
+    assert bool(calls) == by_torch
+    for value, exact in zip(found, expected, strict=True):
+        assert (value.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_gradients_of_attention_to_few_tokens():
+    """Values have the bits that they have without gradients."""
+    q, k, v = torch.randn(3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k, v = k[:, :, :3], v[:, :, :3]
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    torch.autograd.gradcheck(attend, (q, k, v))
+    found = attend(q, k, v)
+    assert "FewTokens" in type(found.grad_fn).__name__
+    with torch.no_grad():
+        assert torch.equal(attend(q, k, v), found)
+    torch.testing.assert_close(found, torch.softmax(q @ k.mT / 2, dim=-1) @ v)
+    many = torch.zeros(1, 1, 300, 4, requires_grad=True)
+    assert "FewTokens" not in type(attend(many, many, many).grad_fn).__name__
 
 
 def test_a_constant_image_has_no_variance():
