@@ -18,7 +18,8 @@ from dnnlib import UserError, make_folder, one_line_errors
 from dnnlib.options import Group, Whole, precision_option, section
 from models.detectors import Detector
 from models.loading import find_student
-from models.sampling import SamplerOptions, open_sampler, plan_sampler
+from models.opening import open_sampler, plan_sampler
+from models.sampling import SamplerOptions
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
@@ -267,7 +268,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         plan = dict(model_path=model_path, images=len(seeds), trials=trials, ref=ref, metrics=opts["metrics"])
         sampling = plan_sampler(model_path, opts["dataset_name"], choices)
         plan["nfe"] = None if sampling is None else sampling.nfe
-        plan |= {**choices.given(), "detector": opts["detector"], "precision": precision, "device": str(device)}
+        plan |= {**choices.chosen(), "detector": opts["detector"], "precision": precision, "device": str(device)}
         return show_plan(**plan, missing=missing_paths(ref))
     open_ref = open_reference(ref, statistics=not keep_ref)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]

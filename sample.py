@@ -18,7 +18,8 @@ from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, Whole, device_option, offline_option, precision_option, section
 from dnnlib.progress import progress
 from models.latent import DECODE_PRECISIONS, pick_decode_precision
-from models.sampling import ComparedSampler, OpenedSampler, Sampler, open_sampler, plan_sampler, rivals
+from models.opening import ComparedSampler, OpenedSampler, open_sampler, plan_sampler, rivals
+from models.sampling import Sampler
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
 from torch_utils.graphs import check_mode
@@ -140,7 +141,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
         sampling = plan_sampler(model_path, dataset_name, options)
         plan["nfe"] = None if sampling is None else sampling.nfe
-        plan.update(options.given(), precision=precision, device=str(device), outdir=opts["outdir"])
+        plan.update(options.chosen(), precision=precision, device=str(device), outdir=opts["outdir"])
         if distributed.is_first_process():
             click.echo(json.dumps(plan, indent=2))
         return

@@ -96,8 +96,10 @@ class Calibration:
         return images * (cost.teacher * cost.teacher_work * self.evaluation + cost.student * self.training)
 
 
-def calibrate(net: Precond, device: torch.device, dtype: torch.dtype, micro: int, seconds: float = 5.0) -> Calibration:
-    """Time a network of this shape with random weights for about so many seconds, at most `micro` samples at a time.
+def calibrate(
+    net: Precond, device: torch.device, dtype: torch.dtype, micro_batch_size: int, seconds: float = 5.0
+) -> Calibration:
+    """Time a network of this shape with random weights for about so many seconds, at most `micro_batch_size` at a time.
 
     One that takes longer for a single sample is taken to run at half the speed of a matrix product.
     """
@@ -121,8 +123,8 @@ def calibrate(net: Precond, device: torch.device, dtype: torch.dtype, micro: int
     # cuDNN would time its algorithms anew for every batch size.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
         return Calibration(
-            _per_sample(evaluate, device, micro, seconds / 2, evaluation),
-            _per_sample(train, device, micro, seconds / 2, TRAINED * evaluation),
+            _per_sample(evaluate, device, micro_batch_size, seconds / 2, evaluation),
+            _per_sample(train, device, micro_batch_size, seconds / 2, TRAINED * evaluation),
         )
 
 
@@ -187,13 +189,13 @@ def estimate(
 ) -> str:
     """What `train.py --dry-run` says of a run's cost on this device, after a calibration of about so many seconds."""
     net, guide = _networks(config)
-    micro = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, processes)
+    micro_batch_size = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, processes)
     options: dict[str, Any] = dict(processes=processes, gradient_checkpointing=gradient_checkpointing, guide=guide)
     memory_of: Callable[[int], Memory] = partial(run_memory, config, net, **options)
     if batch_gpu == "auto" and device.type == "cuda":
-        micro = _auto_micro_batch(lambda size: memory_of(size).total, micro, device)
-    memory, cost = memory_of(micro), run_cost(config, net, source_settings(config), guide)
-    calibration = calibrate(net, device, PRECISIONS[config.precision], micro, seconds)
+        micro_batch_size = _auto_micro_batch(lambda size: memory_of(size).total, micro_batch_size, device)
+    memory, cost = memory_of(micro_batch_size), run_cost(config, net, source_settings(config), guide)
+    calibration = calibrate(net, device, PRECISIONS[config.precision], micro_batch_size, seconds)
     length = calibration.seconds(cost, config.total_images) / processes
     rate = cost.flops_per_trajectory * config.total_images / processes / length
     size = sum(p.numel() for p in net.parameters())
@@ -206,7 +208,7 @@ def estimate(
         f"Network: {format_count(size)} parameters, {format_count(cost.flops)}FLOP for an evaluation\n"
         f"Trajectory: {cost.teacher:g} evaluations of the teacher, {cost.student:g} of the student with gradients, "
         f"{format_count(cost.flops_per_trajectory)}FLOP\n"
-        f"Memory: {_describe_memory(memory, micro)}\n"
+        f"Memory: {_describe_memory(memory, micro_batch_size)}\n"
         f"Time: about {format_duration(length)} on {processes}× {device.type} in {config.precision} "
         f"({format_count(rate)}FLOP/s each{how}), without pictures and start, if nothing else runs{averaging}"
     )
@@ -234,13 +236,13 @@ def _auto_micro_batch(total: Callable[[int], int], share: int, device: torch.dev
     return next((size for size in candidates(share) if total(size) <= room), 1)
 
 
-def _describe_memory(memory: Memory, micro: int) -> str:
+def _describe_memory(memory: Memory, micro_batch_size: int) -> str:
     weights, gradients, rest = (
         f"{value / 2**30:.2f}" for value in (memory.weights, memory.gradients, memory.step + memory.states)
     )
     return (
         f"about {memory.total / 2**30:.1f} GiB on each process: {weights} for weights and moments, {gradients} for "
-        f"gradients, {rest} for micro-batches of {micro}"
+        f"gradients, {rest} for micro-batches of {micro_batch_size}"
     )
 
 

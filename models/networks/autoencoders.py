@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dnnlib import need
 from torch_utils.checkpoint import PathLike, check_state_dict
 
-from .layers import Conv2d, GroupNorm, attend, freeze, to_tokens
+from .attention import attend, to_tokens
+from .layers import Conv2d, GroupNorm, freeze
 
 #: Bytes that a decoder's activations may take at a time. 8 GB also hold the U-Net and the text encoder of Stable
 #: Diffusion in float32 (4 GB), 64 images of 512×512 (0.2 GB), and what the kernels work in.

@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from dnnlib import UserError, need
 
-from .layers import PositionalEmbedding
+from .embeddings import PositionalEmbedding
 
 INSTALL = "pip install diffusers"
 #: Highest number that a configuration may hold, and longest list: beyond, nothing could be built.

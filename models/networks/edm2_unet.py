@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import arrange, attend, to_images, to_tokens
 from .group_norm import is_channels_last
-from .layers import Weighted, Weights, arrange, attend, to_images, to_tokens
+from .layers import Weighted, Weights
 
 EPS = 1e-4
 #: Gain of a layer that follows SiLU: one over the root mean square of silu(x) for standard normal x.

@@ -13,19 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import (
-    Conv2d,
-    FourierEmbedding,
-    GroupNorm,
-    Linear,
-    PositionalEmbedding,
-    UNetBlock,
-    arrange,
-    kaiming_normal,
-    kaiming_uniform,
-    xavier_uniform,
-    zeros,
-)
+from .attention import arrange
+from .embeddings import FourierEmbedding, PositionalEmbedding
+from .initial import kaiming_normal, kaiming_uniform, xavier_uniform, zeros
+from .layers import Conv2d, GroupNorm, Linear, UNetBlock
 
 
 class _UNet(nn.Module):

@@ -22,22 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import (
-    QKV,
-    Conv2d,
-    GroupNorm,
-    Linear,
-    Pointwise,
-    PositionalEmbedding,
-    Weighted,
-    arrange,
-    attend,
-    attend_to_pixels,
-    kaiming_uniform,
-    to_images,
-    to_tokens,
-    zeros,
-)
+from .attention import arrange, attend, attend_to_pixels, to_images, to_tokens
+from .embeddings import PositionalEmbedding
+from .initial import kaiming_uniform, zeros
+from .layers import QKV, Conv2d, GroupNorm, Linear, Pointwise, Weighted
 
 ATTENTION_TYPES = ("legacy", "flash", "transformer")
 #: What torch's own layers start from: weights and biases U(-a, a) with a = 1/√fan_in.

@@ -5,8 +5,7 @@ half-precision core (Karras et al. 2022, arXiv 2206.00364, appendix C). The embe
 and carries the noise level.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,41 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import Self  # comes with torch
 
-from torch_utils.device import is_plain, prefers_channels_last
+from torch_utils.device import is_plain
 
+from .attention import attend_to_pixels
 from .group_norm import GroupNormFunction, is_channels_last
+from .initial import DEFAULT_INIT, Init, zeros
 
-Init = Callable[[Sequence[int], int, int], Tensor]
 #: Weight, and bias or None, as a layer computes with them.
 Weights = tuple[Tensor, Any]
 #: Gradients of so many layers are in half precision at a time.
 LAYERS_AT_A_TIME = 32
-#: Pairs of tokens up to which gradients of attention are computed by products on the CPU.
-FEW_PAIRS = 256**2
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-
-
-def xavier_uniform(gain: float = 1.0) -> Init:
-    """U(-a, a) with variance `gain² · 2 / (fan_in + fan_out)`."""
-    return lambda shape, fan_in, fan_out: gain * math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
-
-
-def kaiming_uniform(gain: float = 1.0) -> Init:
-    """U(-a, a) with variance `gain² / fan_in`."""
-    return lambda shape, fan_in, fan_out: gain * math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
-
-
-def kaiming_normal(gain: float = 1.0) -> Init:
-    """N(0, gain² / fan_in)."""
-    return lambda shape, fan_in, fan_out: gain * math.sqrt(1 / fan_in) * torch.randn(*shape)
-
-
-def zeros(shape: Sequence[int], fan_in: int, fan_out: int) -> Tensor:
-    """All zeros, whatever the fans."""
-    return torch.zeros(*shape)
-
-
-DEFAULT_INIT = kaiming_normal()
 
 
 class Weighted(nn.Module):
@@ -326,91 +301,9 @@ class GroupNorm(Weighted):
         return F.silu(x) if silu else x
 
 
-def arrange(x: Tensor) -> Tensor:
-    """Images in the memory order that the layers compute in on their device."""
-    order = torch.channels_last if prefers_channels_last(x.device) else torch.contiguous_format
-    return x.contiguous(memory_format=order)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of queries `[B, heads, N, C]` to keys and values `[B, heads, M, C]`.
-
-    Fused kernels want the channels of a head side by side. On the meta device, where memory and kernels are counted, it
-    is the one of CUDA that keeps no products. That of the CPU is slow backwards, where few tokens go without it.
-    """
-    has_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if q.device.type == "cpu" and has_gradient and q.shape[2] * k.shape[2] <= FEW_PAIRS and not is_plain():
-        return _FewTokens.apply(q, k, v)
-    if q.device.type == "meta" and not is_plain() and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, has_gradient)[0]
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-class _FewTokens(torch.autograd.Function):
-    """Attention `P v` with P = softmax(q kᵀ / √C), which is computed again for the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        q = q * q.shape[-1] ** -0.5
-        p = torch.softmax(q @ k.mT, dim=-1)
-        grad_p = torch.ops.aten._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
-        return (grad_p @ k).mul_(q.shape[-1] ** -0.5), grad_p.mT @ q, p.mT @ grad
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """Images `[B, C, H, W]` as a row of pixels `[B, H·W, C]`, the channels of a pixel side by side."""
-    return x.flatten(2).transpose(1, 2).contiguous()
-
-
-def to_images(tokens: Tensor, height: int, width: int) -> Tensor:
-    """`[B, H·W, C]` as images `[B, C, H, W]`, in their memory order."""
-    return arrange(tokens.transpose(1, 2).unflatten(2, (height, width)))
-
-
-def attend_to_pixels(qkv: Tensor, num_heads: int) -> Tensor:
-    """Attention among the pixels of images, `[B, 3·C, H, W]` as from `QKV` → `[B, C, H, W]`."""
-    q, k, v = to_tokens(qkv).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return to_images(attend(q, k, v).transpose(1, 2).flatten(2), *qkv.shape[2:])
-
-
 def _spread(value: Tensor, x: Tensor) -> Tensor:
     """`[B, C]` in the dtype of the images `x`, to be broadcast over their pixels."""
     return value[:, :, None, None].to(x.dtype)
-
-
-class PositionalEmbedding(nn.Module):
-    """`[B]` → `[B, channels]`: cosines, then sines, of geometrically spaced frequencies (DDPM, ADM)."""
-
-    def __init__(self, channels: int, max_positions: float = 10000, endpoint: bool = False) -> None:
-        super().__init__()
-        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        half = self.channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
-        angles = torch.outer(x.float(), (1 / self.max_positions) ** steps)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class FourierEmbedding(nn.Module):
-    """`[B]` → `[B, channels]`: cosines, then sines, of random frequencies kept in a buffer (NCSN++)."""
-
-    freqs: Tensor
-
-    def __init__(self, channels: int, scale: float = 16) -> None:
-        super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        angles = torch.outer(x.float(), 2 * math.pi * self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class UNetBlock(nn.Module):

@@ -44,10 +44,11 @@ from models.latent import LatentSpace
 from models.loading import _latent_network, make_student, save_student
 from models.model import SamplingSettings
 from models.networks.autoencoders import AUTOENCODERS
+from models.opening import open_sampler
 from models.precond import CFGPrecond, EDMPrecond
 from models.prompts import Prompts
 from models.registry import ROWS
-from models.sampling import SamplerOptions, draw_latents, open_sampler, student_sampler, teacher_sampler
+from models.sampling import SamplerOptions, draw_latents, student_sampler, teacher_sampler
 from solvers import solve
 from torch_utils.checkpoint import read_settings
 from training import distill, loop

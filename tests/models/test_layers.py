@@ -15,9 +15,10 @@ from test_networks import NETS, build
 
 import models.networks.group_norm
 import models.networks.layers
+from models.networks.attention import attend
 from models.networks.autoencoders import KLAutoencoder
 from models.networks.group_norm import GroupNormFunction
-from models.networks.layers import Conv2d, GroupNorm, attend, freeze
+from models.networks.layers import Conv2d, GroupNorm, freeze
 from models.precond import Precond
 from torch_utils.device import channels_last_on, plain_operations
 

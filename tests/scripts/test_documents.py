@@ -112,7 +112,7 @@ def commands_of(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_a_page_are_understood(page, folder, monkeypatch):
     """Up to where a dry run stops; those that have none are parsed. Runs of the folder are of another data set."""
-    monkeypatch.setattr("models.sampling._check_student", lambda *args: None)
+    monkeypatch.setattr("models.opening._check_student", lambda *args: None)
     monkeypatch.setattr("training.config.source_settings", seven_steps)
     monkeypatch.setattr("train.settle", lambda config: config)
     before = sorted(folder.rglob("*"))

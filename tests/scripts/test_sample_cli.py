@@ -34,7 +34,7 @@ from tiny import (
 )  # fmt: skip
 
 from dnnlib import UserError
-from models import sampling
+from models import opening, sampling
 from models.precond import EDMPrecond
 from torch_utils.checkpoint import read_settings
 from torch_utils.metrics.image_set import ImageDataset
@@ -210,11 +210,11 @@ def test_states_depend_on_their_seed_alone_to_the_last_bit(dtype, tmp_path):
     """Eight bits per colour hide most of what the size of a batch does; the states before rounding hide nothing."""
     path = write_teacher(tmp_path / "wide.safetensors", model_channels=64)
     options = sampling.SamplerOptions(solver="euler", num_steps=4)
-    sampler = sampling.open_sampler(str(path), None, options, torch.device("cpu"), dtype).sampler
+    sampler = opening.open_sampler(str(path), None, options, torch.device("cpu"), dtype).sampler
     found = {}
     for batch in (1, 3, 16, 19):
         states = []
-        with mock.patch.object(sampling, "to_uint8", lambda x, states=states: states.append(x) or x.numpy()):
+        with mock.patch.object(sampling, "quantized", lambda x, states=states: states.append(x) or x):
             sampler.images(range(19), batch=batch)
             for start in range(0, 19, batch):
                 sampler.images(range(start, min(start + batch, 19)))

@@ -18,7 +18,8 @@ import click
 from dnnlib import write_text
 from models.detectors import Detector
 from models.model import VARIABLE_STEPS, Student
-from models.sampling import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals, student_sampler
+from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals
+from models.sampling import student_sampler
 from torch_utils import distributed
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance

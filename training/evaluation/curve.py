@@ -12,7 +12,8 @@ import torch
 
 from dnnlib import UserError, sha256_of
 from models.detectors import check_detector, load_detector
-from models.sampling import SamplerOptions, open_sampler
+from models.opening import open_sampler
+from models.sampling import SamplerOptions
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS
 from torch_utils.metrics.features import FeatureSet, extract
@@ -58,7 +59,7 @@ def evaluate(
     """
     found = []
     for kimg, path in paths.items():
-        key = {**facts, "snapshot": path.name, "kimg": kimg, "N": len(seeds), **options.given()}
+        key = {**facts, "snapshot": path.name, "kimg": kimg, "N": len(seeds), **options.chosen()}
         key |= {"snapshot_sha256": distributed.on_first_rank(partial(sha256_of, path)), **extractor.detector.identity()}
         result = distributed.on_first_rank(partial(find_record, out, key))
         if result is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError, first_line, make_folder, replacing
-from models.sampling import BEST
+from models.opening import BEST
 
 INSTALL_MATPLOTLIB = "pip install matplotlib"
 SUFFIXES = (".png", ".pdf", ".svg")
