@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 from dnnlib import UserError, make_folder, one_line_errors
 from dnnlib.options import Group, Whole, precision_option, section
 from models.detectors import Detector
-from models.loading import find_student
 from models.opening import open_sampler, plan_sampler
+from models.paths import find_student
 from models.sampling import SamplerOptions
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays

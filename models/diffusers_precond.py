@@ -146,8 +146,11 @@ def make_noise(noise: Mapping[str, Any], source: str = "the network") -> TableNo
         return FlowNoise(float(shift), steps)
     if kind not in PREDICTIONS:
         raise UserError(f"{source} says prediction_type {str(kind)[:40]!r}; expected {', '.join(PREDICTIONS)}")
+    zero_snr = noise.get("rescale_betas_zero_snr") or False
+    if type(zero_snr) is not bool:
+        raise UserError(f"{source} says rescale_betas_zero_snr {str(zero_snr)[:40]!r}; expected true or false")
     try:
-        levels = alpha_table(_variances(noise, steps), noise.get("rescale_betas_zero_snr") is True)
+        levels = alpha_table(_variances(noise, steps), zero_snr)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{source} has no usable noise schedule ({error})") from None
     if len(levels) < 2 or not 0 < levels[0] < 1 or not (levels.diff() < 0).all():

@@ -5,8 +5,9 @@ They are read when they are first needed, by the package, from safetensors alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,29 +17,37 @@ from dnnlib import UserError
 
 from .conditions import Conditions
 from .diffusers_text import TextEncoders
-from .latent import LatentSpace, decoding_in
+from .latent import LatentScale, LatentSpace, decoding_in
 from .networks.diffusers_modules import build_module, check_numbers, import_diffusers
 from .published.diffusers import read_json
 from .published.diffusers_folder import Folder, buildable, load_weights
 
 #: Latents that are decoded at a time: images are much larger.
 DECODED = 4
+#: What diffusers multiplies latents by where a configuration does not say it.
+DEFAULT_SCALE = 0.18215
 
 
 class FolderSpace:
-    """From latents to images, and from captions to conditions; `decode_precision` as `LatentSpace` has it."""
+    """From latents to images, and from captions to conditions; `decode_precision` as `LatentSpace` has it.
+
+    Attributes:
+        scaling: how states are made of latents.
+
+    Raises:
+        UserError: the autoencoder's configuration does not say how.
+    """
 
     decode_precision: str | None = None
 
     def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+        self.folder, self.scaling = folder, _read_scaling(folder.path / "vae" / "config.json")
         self._decoder: Any = None
         self._text: TextEncoders | None = None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
-        scale, shift = read_scale(self.decoder().config), self.decoder().config.shift_factor or 0.0
-        parts = (latents.float() / scale + shift).split(DECODED)
+        parts = self.scaling.latents(latents.float()).split(DECODED)
         with torch.no_grad(), decoding_in(self.decode_precision, latents.device) as dtype:
             if dtype == torch.float16 and self.decoder().config.force_upcast:
                 raise UserError(
@@ -87,17 +96,33 @@ class FolderSpace:
         return self._text
 
 
-def read_scale(config: Mapping[str, Any]) -> float:
-    """What latents of an autoencoder are multiplied by, from its configuration; the default is diffusers' own."""
-    return float(config.get("scaling_factor", 0.18215))
+def _read_scaling(file: Path) -> LatentScale:
+    config = read_json(file)
+    scale, shift = config.get("scaling_factor", DEFAULT_SCALE), config.get("shift_factor") or 0.0
+    try:
+        return LatentScale([float(scale)], [-float(shift) * float(scale)])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{file} says scaling_factor {str(scale)[:40]!r} and shift_factor {str(shift)[:40]!r}; expected finite "
+            "numbers, the first not zero"
+        ) from None
 
 
 #: What makes images of latents, and conditions of captions.
 AnySpace = LatentSpace | FolderSpace
 
 
+def scaling_of(space: AnySpace | None) -> LatentScale | None:
+    """How states are made of latents; None for pixels."""
+    return None if space is None else space.scaling
+
+
 def read_space(folder: Folder) -> FolderSpace | None:
     """What decodes the folder's latents; None for a model of pixels."""
     if (folder.path / "vqvae" / "config.json").is_file():
         raise UserError(f"{folder.path} decodes latents by a VQ autoencoder; expected an AutoencoderKL in vae/")
+    if not folder.is_latent and (folder.family.text or folder.config["in_channels"] not in (1, 3)):
+        raise UserError(
+            f"{folder.path} has no vae/, which decodes its latents; expected the folder of a whole pipeline"
+        )
     return FolderSpace(folder) if folder.is_latent else None

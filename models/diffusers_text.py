@@ -24,7 +24,7 @@ from dnnlib import UserError, first_line, need
 
 from .conditions import Conditions
 from .published.diffusers import read_json
-from .published.diffusers_folder import TEXT_WEIGHTS, Folder, weight_files
+from .published.diffusers_folder import TEXT_WEIGHTS, VARIANTS, Folder, weight_files
 
 INSTALL = "pip install transformers"
 #: Text encoders, and the tokenizers of each.
@@ -138,7 +138,8 @@ def _load(part: Path, tokenizer_part: Path) -> tuple[Any, Any]:
     name = names[0] if isinstance(names, list) and names else names
     if not isinstance(name, str) or name not in TOKENIZERS:
         raise UserError(f"{part} is of class {str(name)[:60]!r}; expected {', '.join(TOKENIZERS)}")
-    variant = "fp16" if ".fp16" in weight_files(part, TEXT_WEIGHTS)[0].name else None
+    name_of_weights = weight_files(part, TEXT_WEIGHTS)[0].name
+    variant = next((v[1:] for v in VARIANTS if v and v in name_of_weights), None)
     if not tokenizer_part.is_dir():
         raise UserError(f"{tokenizer_part} is missing; expected the complete folder of a pipeline")
     transformers.utils.logging.disable_progress_bar()

@@ -71,6 +71,11 @@ class LatentScale:
         scale, bias = (states.new_tensor(values)[:, None, None] for values in (self.scale, self.bias))
         return (states - bias) / scale
 
+    def is_close(self, other: LatentScale) -> bool:
+        """Whether the same latents make the same states; one number stands for all channels."""
+        pairs = ((self.scale, other.scale), (self.bias, other.bias))
+        return all(torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-3, atol=1e-3) for a, b in pairs)
+
 
 class LatentSpace:
     """From latents to images, and from captions to conditions.
@@ -96,6 +101,11 @@ class LatentSpace:
         self._file: tuple[Mapping[str, Tensor], Path] | None = None
         self._decoder: Autoencoder | None = None
         self._text: TextEncoder | None = None
+
+    @property
+    def scaling(self) -> LatentScale:
+        """How states are made of latents."""
+        return self.scale or LatentScale([float(self._config["first_stage"].get("scale_factor", 1.0))], [0.0])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""

@@ -13,33 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, first_line, need, sha256_of
-from torch_utils.checkpoint import check_state_dict, read_network, read_settings, save_network
+from dnnlib import UserError, first_line
+from torch_utils.checkpoint import read_network, read_settings, save_network
 from torch_utils.device import moved_to
 
-from .building import build_network, describe_network, highest_sigma, network_spec, read_config, row_config
+from .building import build_network, highest_sigma, network_spec, read_config, row_config
 from .diffusers_precond import DiffusersPrecond
-from .diffusers_space import AnySpace, FolderSpace, read_space
+from .diffusers_space import AnySpace, FolderSpace, read_space, scaling_of
 from .latent import LatentScale, LatentSpace
 from .model import DiffusionModel, SamplingSettings, Student
-from .networks.autoencoders import INSTALL_TAMING
-from .networks.clip_text import INSTALL_TRANSFORMERS
 from .networks.layers import freeze
-from .noise import HIGHEST, DiscreteNoise
+from .noise import HIGHEST
+from .paths import digest_of, find_model, find_student, is_teacher_file, own_name
 from .precond import CFGPrecond, Precond
-from .published.diffusers import is_folder, is_stable_diffusion, read_first_stage, read_stable_diffusion
-from .published.diffusers_folder import folder_digest, open_folder, read_denoiser
+from .published.diffusers import is_folder, is_stable_diffusion, read_first_stage
+from .published.diffusers_folder import open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
-from .published.reference_students import is_reference_student, read_reference_student
-from .published.state_dicts import AVERAGE, FIRST_STAGE, IGNORED, TEXT, UNET
-from .published.torch_checkpoint import read_checkpoint
+from .published.networks import latent_network, published_network, read_published
+from .published.reference_students import read_reference_student
+from .published.state_dicts import FIRST_STAGE, TEXT
 from .registry import ROWS, DatasetSpec, fetch_autoencoder, fetch_weights, get_row
 
-RUNS_DIR = Path("exps")
-#: A student of a run directory; the published code writes pickles.
-SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
-#: What `training.pretrain` leaves in its run directory.
-TEACHER_FILE = "teacher.safetensors"
 #: What describes the autoencoder of EDM2's networks on latents, those of the user too.
 EDM2_LATENTS = "edm2-img512"
 
@@ -49,6 +43,7 @@ def load_teacher(
     model_path: str | os.PathLike | int | None = None,
     device: torch.device | str = "cpu",
     guide_path: str | os.PathLike | None = None,
+    with_guide: bool = True,
 ) -> DiffusionModel:
     """The pre-trained model of a data set, in eval mode without gradients.
 
@@ -59,6 +54,7 @@ def load_teacher(
             published layout.
         device: where to put it.
         guide_path: a teacher of one's own that guidance leads away from, in place of this one without its condition.
+        with_guide: whether a registered teacher comes with its guide; without guidance it is not even fetched.
 
     Raises:
         UserError: unknown name, unreadable file, one that is not what it should be, or a guide that does not fit.
@@ -81,23 +77,43 @@ def load_teacher(
         row = get_row(dataset_name)
         net, latent = _read_registered(row)
         if row.guide is not None and guide_path is None:
-            guide_path = fetch_weights(row.guide)
-    guide = None if guide_path is None else read_guide(Path(guide_path), net)
-    model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, row.guidance_rate, guide)
+            guide_path = fetch_weights(row.guide) if with_guide else None
+    guide = None if guide_path is None else read_guide(guide_path, net, latent is not None, scaling_of(latent))
+    rate = 1.0 if row.guide is not None and guide is None else row.guidance_rate
+    model = DiffusionModel(net, row.name, row.sigma_min, highest_sigma(row, net), latent, rate, guide)
     return freeze(model.to(device))
 
 
-def read_guide(path: Path, net: Precond) -> Precond:
-    """A network that guides `net`: of the same states, and of the same classes or none."""
-    guide, _ = _read_own_teacher(path)
+def read_guide(path: str | os.PathLike, net: Precond, is_latent: bool, scaling: LatentScale | None = None) -> Precond:
+    """A network that guides `net`: of the same states, and of the same classes or none.
 
-    def states(n: Precond) -> str:
-        return f"{n.img_channels}×{n.img_resolution}²{' with text' if n.context_dim else ''}"
+    Args:
+        path: a teacher of one's own, as `load_teacher` takes it.
+        is_latent, scaling: whether these states are latents, and how they are scaled, where that is known.
 
-    if net.context_dim is not None or states(guide) != states(net) or guide.label_dim not in (0, net.label_dim):
-        expected = f"{states(net)}, {net.label_dim} classes" + (" or none" if net.label_dim else "")
-        found = f"{states(guide)}, {guide.label_dim} classes"
-        raise UserError(f"{path} cannot guide this teacher: it is a network of {found}; expected {expected}")
+    Raises:
+        UserError: it has other states or classes, or latents that are scaled in another way.
+    """
+    found = find_model(path)
+    guide: Precond
+    if is_folder(found):
+        folder = open_folder(found)
+        guide, space = read_denoiser(folder), read_space(folder)
+        found_scaling = scaling_of(space)
+    else:
+        guide, found_scaling = _read_own_teacher(found)
+
+    def states(n: Precond, is_latent: bool) -> str:
+        kind = "latents" if is_latent else "pixels"
+        return f"{n.img_channels}×{n.img_resolution}² {kind}{' with text' if n.context_dim else ''}"
+
+    needed, own = states(net, is_latent), states(guide, found_scaling is not None)
+    if net.context_dim is not None or own != needed or guide.label_dim not in (0, net.label_dim):
+        expected = f"{needed}, {net.label_dim} classes" + (" or none" if net.label_dim else "")
+        own += f", {guide.label_dim} classes"
+        raise UserError(f"{path} cannot guide this teacher: it is a network of {own}; expected {expected}", "guide")
+    if scaling is not None and found_scaling is not None and not scaling.is_close(found_scaling):
+        raise UserError(f"{path} cannot guide this teacher: its latents are scaled in another way", "guide")
     return guide
 
 
@@ -149,24 +165,13 @@ def guidance_of(dataset_name: str | None, model_path: str | os.PathLike | None =
     """
     if dataset_name in ROWS:
         return ROWS[dataset_name].text, ROWS[dataset_name].guidance_rate
-    path: str | os.PathLike | None = model_path
-    if path is not None and not is_folder(path):
-        found = find_model(path)
-        if not found.is_file() or is_teacher_file(found):
-            return False, 1.0
-        path = read_sampling(found).teacher_path
+    path: str | os.PathLike | None = None if model_path is None else find_model(model_path)
+    if isinstance(path, Path) and path.is_file() and not is_teacher_file(path):
+        path = read_sampling(path).teacher_path
     if path is None or not is_folder(path):
         return False, 1.0
     folder = open_folder(Path(path))
     return folder.family.text is not None, folder.guidance_rate
-
-
-def own_name(model_path: str | os.PathLike) -> str:
-    """What a teacher of one's own is called: as its file, or as its folder where `training.pretrain` named the file."""
-    path = Path(model_path)
-    if path.is_dir():
-        return re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip(".-") or "folder"
-    return path.resolve().parent.name if path.name == TEACHER_FILE else path.stem
 
 
 def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
@@ -179,28 +184,11 @@ def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond
         return net, _latent_space(net, row.name, str(path), scale=scale)
     config, (tensors, path) = row_config(row), read_published(row, own)
     if row.codec is None:
-        return _published_network(config["network"], tensors, path), None
+        return published_network(config["network"], tensors, path), None
     others = (FIRST_STAGE, TEXT) if row.text else FIRST_STAGE
     rest = {name: tensor for name, tensor in tensors.items() if name.startswith(others)}
-    net = _latent_network(config["network"], {k: v for k, v in tensors.items() if k not in rest}, path)
+    net = latent_network(config["network"], {k: v for k, v in tensors.items() if k not in rest}, path)
     return net, LatentSpace(config, lambda: (rest, path))
-
-
-def read_published(row: DatasetSpec, own: Path | None = None) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a row's published file under its names, and the file; or those of the user's `own` model."""
-    need_packages(row)
-    if own is not None:
-        return read_stable_diffusion(own, row_config(row)), own
-    path = fetch_weights(row)
-    return read_checkpoint(path), path
-
-
-def need_packages(row: DatasetSpec) -> None:
-    """Find that a package is missing before gigabytes are fetched for it; a UserError says how to install it."""
-    if row.text:
-        need("transformers", INSTALL_TRANSFORMERS)
-    if row.codec == "vq-f4":
-        need("taming.modules.vqvae.quantize", INSTALL_TAMING)
 
 
 def own_latent_space(sampling: SamplingSettings, source: str) -> Path | None:
@@ -216,46 +204,9 @@ def _check_there(path: str, source: str) -> None:
     if not Path(path).exists():
         raise UserError(
             f"{source} is a student of {path}, which is not there; its decoder and text encoder are needed: put it "
-            "back, or say where it is by --teacher=PATH"
+            "back, or say where it is",
+            "teacher_path",
         )
-
-
-def _published_network(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Precond:
-    """The network of a bare state dict."""
-    net = describe_network(spec, str(path))
-    check_state_dict(net.model.state_dict(), tensors, path)
-    net.model.load_state_dict(_float32(tensors), assign=True)
-    return net
-
-
-def _latent_network(spec: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> Precond:
-    """The network of a latent-diffusion checkpoint: its moving average, where the file has one."""
-    net = describe_network(spec, str(path))
-    expected = net.model.state_dict()
-    averages = {name: AVERAGE + name.replace(".", "") for name in expected}
-    published = {UNET + name: tensor for name, tensor in expected.items()}
-    has_average = any(name.startswith(AVERAGE) for name in tensors)
-    if has_average:
-        published |= {averages[name]: tensor for name, tensor in expected.items()}
-    check_state_dict(published, {name: t for name, t in tensors.items() if name not in IGNORED}, path)
-    _check_noise(net.noise_schedule, tensors.get("alphas_cumprod"), path)
-    chosen = {name: tensors[averages[name] if has_average else UNET + name] for name in expected}
-    net.model.load_state_dict(_float32(chosen), assign=True)
-    return net
-
-
-def _check_noise(own: DiscreteNoise | None, recorded: Tensor | None, path: Path) -> None:
-    """Refuse a file whose model was trained at other noise levels."""
-    if recorded is None:
-        return
-    levels = None if own is None else own.alphas_cumprod
-    if levels is None or recorded.shape != levels.shape or not torch.allclose(recorded.double(), levels, rtol=1e-2):
-        raise UserError(f"{path} records another noise schedule than its model has; expected the published file")
-
-
-def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, which do not change with the file."""
-    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 def _latent_space(
@@ -305,6 +256,10 @@ def _read_autoencoder(stage: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path
 
 def _read_own_teacher(path: Path) -> tuple[Precond, LatentScale | None]:
     """A teacher of one's own, and how its latents are scaled, if it is one of EDM2 on latents."""
+    if not path.exists():
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        hub = f"; nothing is fetched by a name of the Hub: hf download {path} --local-dir DIR" if is_name else ""
+        raise UserError(f"{path} does not exist; expected the file, folder or run of a teacher{hub}")
     scale = None
     if path.suffix == ".pkl":
         pickled = read_edm_pickle(path)
@@ -390,12 +345,6 @@ def load_student(
     return freeze(model.to(device))
 
 
-def digest_of(path: str | os.PathLike) -> str:
-    """What a model's file, or folder, holds: SHA-256 as hex digits."""
-    path = Path(path)
-    return folder_digest(path) if path.is_dir() else sha256_of(path)
-
-
 def with_teacher(sampling: SamplingSettings, path: str | os.PathLike, source: str) -> SamplingSettings:
     """The settings of the student `source`, whose teacher's file is at `path` now.
 
@@ -420,11 +369,10 @@ def load_teacher_of(student: Student, source: str) -> DiffusionModel:
     s = student.sampling
     if s.teacher_path is not None:
         if not Path(s.teacher_path).exists():
-            raise UserError(
-                f"{s.teacher_path}, the teacher of {source}, is not there; say where it is by --teacher=PATH"
-            )
+            raise UserError(f"{s.teacher_path}, the teacher of {source}, is not there; say where it is", "teacher_path")
         with_teacher(s, s.teacher_path, source)
-    return load_teacher(s.dataset_name, s.teacher_path, next(student.parameters()).device, s.guide_path)
+    device, is_guided = next(student.parameters()).device, s.training_guidance_rate != 1
+    return load_teacher(s.dataset_name, s.teacher_path, device, s.guide_path, with_guide=is_guided)
 
 
 def _recorded_scale(values: Any, path: Path) -> LatentScale | None:
@@ -444,51 +392,3 @@ def read_sampling(path: str | os.PathLike) -> SamplingSettings:
     if settings.get("format") != "student":
         raise UserError(f"{path} is a teacher, not a student")
     return SamplingSettings.from_json(settings.get("sampling"), str(path))
-
-
-def is_teacher_file(path: Path) -> bool:
-    """Whether this is a teacher: Stable Diffusion, a pickle of EDM's training, or what `training.pretrain` writes."""
-    if is_stable_diffusion(path):
-        return True
-    if path.suffix == ".pkl":
-        return not is_reference_student(path)
-    return read_settings(path).get("format") == "teacher"
-
-
-def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
-    """Resolve what commands take as a model: a file, a folder of diffusers, or a run by its directory or number.
-
-    Of a run it is the newest student, or the teacher that `training.pretrain` made there.
-
-    Raises:
-        UserError: no such run, or one without either.
-    """
-    found = find_run(path, runs_dir)
-    own = found / TEACHER_FILE
-    return own if own.is_file() else found if is_stable_diffusion(found) else _newest_student(found)
-
-
-def find_student(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
-    """Resolve a file, a run directory or a run number to the newest student file; a UserError if there is none."""
-    return _newest_student(find_run(path, runs_dir))
-
-
-def find_run(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
-    """The directory of a run number; any other path as it is."""
-    path = Path(str(path))
-    if not re.fullmatch(r"\d{1,9}", str(path)) or path.exists():
-        return path
-    number = f"{int(str(path)):05d}"
-    runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
-    if not runs:
-        raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
-    return runs[0]
-
-
-def _newest_student(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    snapshots = [(int(m[1]), p) for p in path.iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
-    if not snapshots:
-        raise UserError(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
-    return max(snapshots)[1]

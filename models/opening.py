@@ -17,16 +17,14 @@ from torch_utils.graphs import Graphs
 
 from .latent import pick_decode_precision
 from .loading import (
-    digest_of,
-    find_model,
     guidance_of,
-    is_teacher_file,
     load_student,
     load_teacher,
     load_teacher_of,
     read_sampling,
 )
 from .model import SamplingSettings, Student
+from .paths import digest_of, find_model, is_teacher_file
 from .prompts import given_prompts, prompts_for
 from .registry import get_row
 from .sampling import (
@@ -115,7 +113,7 @@ def open_sampler(
             get_row(dataset_name)
         if teacher_path is not None:
             raise UserError("is for a student, and model_path is a teacher", "teacher_path")
-        model = load_teacher(dataset_name, path, device, options.guide)
+        model = load_teacher(dataset_name, path, device, options.guide, with_guide=options.guidance_rate != 1)
         prompts = prompts_for(model, captions, "prompt" if options.prompts is None else "prompts")
         sampler = teacher_sampler(model, options, prompts)
         effective = TeacherOptions.of(options)

@@ -59,10 +59,10 @@ def read_network(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a network file → (float32 state dict on the CPU, settings)."""
     with _open_network(path) as file:
         settings = _parse_settings(path, file.metadata())
-        return {name: _read_tensor(path, file, name) for name in file.keys()}, settings  # noqa: SIM118
+        return {name: read_tensor(path, file, name) for name in file.keys()}, settings  # noqa: SIM118
 
 
-def _read_tensor(path: PathLike, file: Any, name: str) -> Tensor:
+def read_tensor(path: PathLike, file: Any, name: str) -> Tensor:
     """A float32 copy, since tensors inside a mapped file are not aligned, and kernels then round in another order."""
     try:
         tensor = file.get_tensor(name)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from models.loading import digest_of, find_model, find_student, guidance_of, own_name, read_sampling
+from models.loading import guidance_of, read_sampling
 from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
+from models.paths import digest_of, find_model, find_student, own_name
 from models.registry import ROWS, get_row, known_names
 from solvers import SamplingPlan, get_solver
 
@@ -303,7 +304,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     if source is not None:
         config = follow_teacher(config, source)
     if config.guide is not None:
-        config = replace(config, guide=absolute(config.guide))
+        config = replace(config, guide=absolute(find_model(config.guide)))
     if config.model_path is None:
         return config
     path = find_model(config.model_path) if source is None else find_student(config.model_path)

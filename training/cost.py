@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -252,8 +251,9 @@ def _networks(config: DistillConfig) -> tuple[Precond, Precond | None]:
         source = load_source(config)
         source.check_guidance(config.training_rate)
         return source.net, source.guide
-    net = build_on_meta(get_row(config.dataset_name))
+    row = get_row(config.dataset_name)
+    net = build_on_meta(row)
     if config.guide is not None:
-        return net, read_guide(Path(config.guide), net)
-    own = get_row(config.dataset_name).guide if config.training_rate != 1 else None
+        return net, read_guide(config.guide, net, row.codec is not None)
+    own = row.guide if config.training_rate != 1 else None
     return net, None if own is None else build_on_meta(own)

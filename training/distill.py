@@ -46,7 +46,8 @@ def load_source(
     """
     if config.is_second_stage:
         return load_student(first_student(config.model_path), device, teacher_path)
-    return load_teacher(config.dataset_name, config.model_path, device, config.guide)
+    is_guided = config.training_rate != 1
+    return load_teacher(config.dataset_name, config.model_path, device, config.guide, with_guide=is_guided)
 
 
 class Teacher:

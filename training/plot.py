@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import Command, Whole, device_option, offline_option, section
-from models.loading import find_student, load_student
+from models.loading import load_student
+from models.paths import find_student
 from models.prompts import prompts_for
 from models.sampling import draw_latents, student_sampler
 from solvers import Callback

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.files import remove_leftovers
-from models.loading import RUNS_DIR
-from models.loading import find_run as path_of_run
+from models.paths import RUNS_DIR
+from models.paths import find_run as path_of_run
 from torch_utils.checkpoint import read_settings, read_state, usable_state
 
 from .config import DistillConfig, check, differences, refuse_changes, with_defaults

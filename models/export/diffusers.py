@@ -31,10 +31,11 @@ from torch import Tensor
 from dnnlib import UserError, make_folder, write_text
 
 from ..building import row_config
-from ..loading import own_latent_space, read_published
+from ..loading import own_latent_space
 from ..networks.clip_text import TOKENIZER_FILES, VIT_L_14, find_tokenizer
 from ..precond import CFGPrecond
 from ..published.diffusers import POSITIONS, SUFFIXES, WEIGHTS, read_json
+from ..published.networks import read_published
 from ..published.state_dicts import FIRST_STAGE, TEXT, below, is_stage_matrix, stage_name, unet_name
 from ..registry import get_row
 from .card import write_card

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from dnnlib import UserError, make_folder, write_text
 
 from ..diffusers_precond import DiffusersPrecond
-from ..diffusers_space import read_scale
+from ..diffusers_space import FolderSpace
 from ..noise import FlowNoise
 from ..published.diffusers import read_json
-from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, Folder, open_folder
+from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, VARIANTS, Folder, open_folder
 from .card import write_card
 from .diffusers import VERSION, write_json
 from .student import OpenedStudent
@@ -180,9 +180,8 @@ def _check(student: OpenedStudent, folded: DiffusersPrecond) -> None:
 
 def _copy_rest(student: OpenedStudent, teacher: Folder, dest: Path) -> dict[str, Any]:
     """Autoencoder, text encoders and tokenizers of the teacher's folder; what its index says of them."""
-    given = teacher.index()
     index: dict[str, Any] = {"_class_name": _pipeline(student.net)}
-    for name, kind in given.items():
+    for name, kind in teacher.index().items():
         is_part = isinstance(kind, list) and re.fullmatch(r"vae|(text_encoder|tokenizer)(_\d)?", name)
         if is_part and (teacher.path / name).is_dir():
             names = shutil.ignore_patterns("*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.py")
@@ -194,7 +193,7 @@ def _copy_rest(student: OpenedStudent, teacher: Folder, dest: Path) -> dict[str,
         elif isinstance(kind, list) and name not in ("unet", "transformer", "scheduler"):
             index[name] = [None, None]  # such as a checker of pictures
     config = read_json(dest / "vae" / "config.json")
-    config["scaling_factor"] = read_scale(config) * end_scale(student)
+    config["scaling_factor"] = FolderSpace(teacher).scaling.scale[0] * end_scale(student)
     write_json(dest / "vae" / "config.json", config)
     return index
 
@@ -208,10 +207,11 @@ def _pipeline(net: Any) -> str:
 
 def _drop_variant(part: Path) -> None:
     """Let half-precision weights that are the only ones have the plain name."""
-    for file in part.glob("*.fp16.safetensors"):
-        plain = file.with_name(file.name.replace(".fp16", ""))
-        if not plain.exists():
-            file.rename(plain)
+    for variant in VARIANTS[1:]:
+        for file in part.glob(f"*{variant}.safetensors"):
+            plain = file.with_name(file.name.replace(variant, ""))
+            if not plain.exists():
+                file.rename(plain)
 
 
 def _guidance(student: OpenedStudent) -> float:

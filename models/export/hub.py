@@ -35,7 +35,7 @@ def to_hub(student: OpenedStudent, repo: str, private: bool = False) -> str:
     """
     check_repo(repo)
     if is_offline():
-        raise UserError(f"offline, so nothing is sent to {repo}; run without --offline and SFD_OFFLINE")
+        raise UserError(f"nothing is sent to {repo} while SFD_OFFLINE is set", "offline")
     hub: Any = need("huggingface_hub", "pip install huggingface_hub")
     card = hub_card(student, repo).encode()
     try:

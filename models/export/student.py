@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..loading import find_student, load_student
+from ..loading import load_student
 from ..model import Student
+from ..paths import find_student
 from ..precond import Precond
 from ..registry import ROWS
 from ..sampling import Sampler, student_sampler

@@ -39,7 +39,7 @@ def is_folder(path: str | os.PathLike) -> bool:
     """Whether `path` is a folder of diffusers: of a pipeline, or of a network with its scheduler beside it."""
     path = Path(path)
     names = ("model_index.json", "unet/config.json", "transformer/config.json", "scheduler_config.json")
-    return any((path / name).is_file() for name in names)
+    return any((path / name).is_file() for name in names) or any(path.glob("diffusion_pytorch_model*"))
 
 
 def is_stable_diffusion(path: str | os.PathLike) -> bool:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dnnlib import UserError, first_line, sha256_of
-from torch_utils.checkpoint import check_state_dict
+from torch_utils.checkpoint import check_state_dict, read_tensor
 
 from ..diffusers_precond import DiffusersPrecond
 from ..networks.diffusers_modules import FAMILIES, Family, check_config, get_family, import_diffusers
@@ -33,6 +33,8 @@ from .diffusers import read_json
 from .state_dicts import OLD_ATTENTION
 
 NETWORK_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
+#: Whole weights, and those in half precision.
+VARIANTS = ("", ".fp16", ".bf16")
 #: Written by this program beside what it exports.
 EXPORTED = "sfd.json"
 #: Schedulers with a table of noise levels, and those of flow matching.
@@ -122,7 +124,10 @@ def read_noise(folder: Folder) -> dict[str, Any]:
     places = (folder.path / "scheduler", folder.path, folder.part)
     files = [place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()]
     if not files:
-        raise UserError(f"{folder.path} holds no scheduler/scheduler_config.json, which tells the noise levels")
+        raise UserError(
+            f"{folder.path} holds no scheduler/scheduler_config.json, which tells the noise levels; "
+            "expected the folder of a whole pipeline"
+        )
     config = read_json(files[0])
     name = config.get("_class_name")
     if name not in TABLES + FLOWS:
@@ -140,6 +145,8 @@ def read_noise(folder: Folder) -> dict[str, Any]:
         if setting("use_dynamic_shifting"):
             raise UserError(f"{files[0]} says use_dynamic_shifting, a shift that depends on the image size; set shift")
         return {"prediction_type": "flow", **{key: setting(key) for key in ("num_train_timesteps", "shift")}}
+    if setting("use_flow_sigmas"):
+        raise UserError(f"{files[0]} says use_flow_sigmas, which does not belong to a {folder.module}")
     return {key: setting(key) for key in TABLE_SETTINGS}
 
 
@@ -191,16 +198,14 @@ def _new_name(name: str, expected: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(part: Path, stem: str = NETWORK_WEIGHTS) -> dict[str, Tensor]:
-    """All tensors of a component, as float32: of one file, of its half-precision variant, or of several shards."""
+    """All tensors of a component, as float32: of one file, of a half-precision variant, or of several shards."""
     files = weight_files(part, stem)
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
             with safe_open(str(file), framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no dict
-                    tensor = opened.get_tensor(name)
-                    tensors[name] = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor
-        except (SafetensorError, OSError, RuntimeError) as error:
+                tensors |= {name: read_tensor(file, opened, name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({first_line(error)}); get the folder again") from None
     return tensors
 
@@ -211,7 +216,7 @@ def weight_files(part: Path, stem: str = NETWORK_WEIGHTS) -> list[Path]:
     Raises:
         UserError: none in safetensors.
     """
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         single = part / f"{stem}{variant}.safetensors"
         if single.is_file():
             return [single]
@@ -224,7 +229,9 @@ def weight_files(part: Path, stem: str = NETWORK_WEIGHTS) -> list[Path]:
             f"{part} holds {others[0]}, a pickle, but no {stem}.safetensors; convert it where you trust it: load it "
             "with diffusers, then save_pretrained(…, safe_serialization=True)"
         )
-    raise UserError(f"{part} holds no {stem}.safetensors; expected a complete folder of diffusers")
+    variants = sorted(p.name for p in part.glob(f"{stem}.*.safetensors"))
+    instead = f", but {variants[0]}, another variant" if variants else ""
+    raise UserError(f"{part} holds no {stem}.safetensors{instead}; expected a complete folder of diffusers")
 
 
 def _shards(part: Path, index: Path) -> list[Path]:

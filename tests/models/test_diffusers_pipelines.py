@@ -223,6 +223,11 @@ DAMAGES = [
     ("sdxl", _change(TEXT_FILE, hidden_size=32), "do not hold a usable text encoder"),
     ("sdxl", _change("vae/config.json", _class_name="VQModel"), "'VQModel'; expected an AutoencoderKL"),
     ("sdxl", _change("vae/config.json", latents_mean=[0, 0, 0, 0]), "latents_mean"),
+    ("sdxl", _remove("vae"), "has no vae/, which decodes its latents"),
+    ("dit", _remove("vae"), "has no vae/, which decodes its latents"),
+    ("sdxl", _change("vae/config.json", scaling_factor=0), "scaling_factor '0' and shift_factor '0.0'"),
+    ("sdxl", _change("vae/config.json", scaling_factor="x"), "scaling_factor 'x'"),
+    ("sdxl", _change("vae/config.json", shift_factor="y"), "shift_factor 'y'"),
     ("sdxl", _change("vae/config.json", block_out_channels=[8, 32]), "does not fit the network"),
     ("sdxl", _change("unet/config.json", in_channels=9), "9 channels in and 4 out"),
     ("sdxl", _change("unet/config.json", time_cond_proj_dim=8), "time_cond_proj_dim '8'; expected None"),
@@ -243,6 +248,14 @@ def test_other_pipelines_are_refused(kind, damage, message):
         teacher.latent.decoder()
         teacher.encode_text(["a cat"])
     assert "\n" not in error.value.message
+
+
+def test_a_guide_with_latents_of_another_scale_is_refused():
+    folder, other = write("dit"), write_pipeline(Path("other"), "dit")
+    assert load_teacher(None, folder, guide_path=other).guide.label_dim == 1000
+    _change("vae/config.json", scaling_factor=0.13)(other)
+    with pytest.raises(UserError, match="its latents are scaled in another way"):
+        load_teacher(None, folder, guide_path=other)
 
 
 def test_sd3_without_its_largest_encoder():

@@ -18,6 +18,7 @@ from models.export.folder import state_scale
 from models.export.student import open_student
 from models.loading import guidance_of, load_student, load_teacher
 from models.noise import DiscreteNoise, FlowNoise, TableNoise, alpha_table, betas
+from models.paths import find_model
 from models.published.diffusers_folder import open_folder, read_noise
 from solvers import get_solver, solve
 from torch_utils.checkpoint import read_network, save_network
@@ -364,6 +365,23 @@ def _one_shard(folder):
     weights.rename(weights.with_name("one.safetensors"))
 
 
+def _change_weights(change):
+    def damage(folder):
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(change(load_file(weights)), weights)
+
+    return damage
+
+
+def _first(change):
+    return _change_weights(lambda tensors: {**tensors, "conv_in.bias": change(tensors["conv_in.bias"])})
+
+
+def _other_variant(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+
+
 def _outside(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
@@ -388,6 +406,13 @@ DAMAGES = [
     (_change(SCHEDULER_FILE, beta_end=7), "no usable noise schedule"),
     (_change(SCHEDULER_FILE, trained_betas=[0.1, 0.2]), "trained_betas"),
     (_change(SCHEDULER_FILE, num_train_timesteps="many"), "num_train_timesteps many"),
+    (_change(SCHEDULER_FILE, rescale_betas_zero_snr="yes"), "rescale_betas_zero_snr 'yes'; expected true or false"),
+    (_change(SCHEDULER_FILE, _class_name="UniPCMultistepScheduler", use_flow_sigmas=True), "says use_flow_sigmas"),
+    (_first(lambda bias: bias.to(torch.int8)), "holds conv_in.bias as torch.int8; expected floating point"),
+    (_first(lambda bias: bias * float("nan")), "numbers in conv_in.bias that are not finite"),
+    (_change_weights(lambda tensors: {**tensors, "more": torch.ones(2)}), "1 differences, first unexpected more"),
+    (_change_weights(lambda tensors: {"more": torch.ones(2)}), "first missing conv_in.weight"),
+    (_other_variant, "but diffusion_pytorch_model.non_ema.safetensors, another variant"),
     (lambda f: (f / SCHEDULER_FILE).unlink(), "holds no scheduler/scheduler_config.json"),
     (lambda f: (f / SCHEDULER_FILE).write_text("[" * 9999), "not a JSON object"),
     (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"{}"), "cannot be read"),
@@ -404,6 +429,62 @@ def test_other_folders_are_refused(damage, message):
     with pytest.raises(UserError, match=message) as error:
         load_teacher(None, folder)
     assert "\n" not in error.value.message
+
+
+def test_a_network_without_its_pipeline_is_refused():
+    part = write_unet(Path("ddpm")) / "unet"
+    with pytest.raises(UserError, match="expected the folder of a whole pipeline"):
+        load_teacher(None, part)
+
+
+def test_a_name_of_the_hub_is_not_fetched():
+    refused = invoke("train", *flags(TRAIN, dict(model_path="google/ddpm-cifar10-32")))
+    refused.refused("nothing is fetched by a name of the Hub: hf download google/ddpm-cifar10-32 --local-dir")
+
+
+def test_the_cache_of_the_hub(tmp_path):
+    """Symbolic links to blobs, below the hash of a commit; the network is called as the model is."""
+    folder, cache = write_unet(Path("ddpm")), tmp_path / "models--someone--tiny"
+    (cache / "blobs").mkdir(parents=True)
+    for i, file in enumerate(file for file in folder.rglob("*") if file.is_file()):
+        blob, link = cache / "blobs" / str(i), cache / "snapshots" / "0a1b2c" / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blob)
+        link.symlink_to(Path("../" * (len(link.relative_to(cache).parts) - 1)) / "blobs" / str(i))
+    for path in (cache, cache / "snapshots" / "0a1b2c"):
+        assert find_model(path) == cache / "snapshots" / "0a1b2c"
+        teacher = load_teacher(None, path)
+        assert teacher.dataset_name == "models--someone--tiny" and teacher.sigma_max == 80
+    assert train(cache).name.startswith("00000-models--someone--tiny-")
+
+
+def test_half_precision_variants():
+    expected = load_teacher(None, write_unet(Path("ddpm"))).net.state_dict()
+    weights = Path("ddpm/unet/diffusion_pytorch_model.safetensors")
+    tensors = load_file(weights)
+    weights.unlink()
+    for variant, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        halves = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(halves, weights.with_suffix(f".{variant}.safetensors"))
+        found = load_teacher(None, "ddpm").net.state_dict()
+        assert all(torch.equal(found[f"model.net.{name}"], half.float()) for name, half in halves.items())
+        assert found.keys() == expected.keys()
+
+
+def test_a_folder_guides_and_is_guided():
+    """Autoguidance of one folder by another, through train.py; one of another size is refused."""
+    strong, weak = write_unet(Path("strong")), write_unet(Path("weak"), block_out_channels=[8, 16])
+    run_dir = train(strong, guide=weak, guidance_rate=2)
+    assert run_dir.name.endswith("-w2") and load_student(run_dir).sampling.guide_path == str(weak.resolve())
+    teacher = load_teacher(None, strong, guide_path=weak)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        free, bound = teacher.guide(x, 2.0), teacher.net(x, 2.0)
+        torch.testing.assert_close(teacher.denoise(x, 2.0, guidance_rate=2.0), 2 * bound - free)
+    large = write_unet(Path("large"), sample_size=16)
+    invoke("train", *flags(TRAIN, dict(model_path=strong, guide=large, guidance_rate=2))).refused(
+        r"--guide: \S*large cannot guide this teacher: it is a network of 3×16² pixels, 0 classes; expected 3×8² pixels"
+    )
 
 
 def test_a_name_of_another_size_is_refused():

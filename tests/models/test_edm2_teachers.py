@@ -194,7 +194,29 @@ def test_a_pickle_of_ones_own_on_latents(published, cache):
 
 def test_a_guide_on_pixels_cannot_guide_a_network_on_latents(published):
     arguments = dict(dataset_name=LATENTS, guide=ROWS[PIXELS].path, outdir="x")
-    invoke("train", *flags(TRAIN, arguments)).refused(r"cannot guide this teacher: it is a network of 3×8², 3 classes")
+    invoke("train", *flags(TRAIN, arguments)).refused(
+        r"cannot guide this teacher: it is a network of 3×8² pixels, 3 classes"
+    )
+
+
+def test_a_guide_with_latents_of_another_scale_is_refused(published, tmp_path):
+    kwargs = {**NETWORK, "img_channels": 4}
+    write_edm2_pickle(tmp_path / "other.pkl", randomised(EDM2Precond(**kwargs)), kwargs, ([0.5] * 4, BIAS))
+    arguments = dict(dataset_name=LATENTS, guide="other.pkl", outdir="x")
+    invoke("train", *flags(TRAIN, arguments)).refused(r"--guide: \S*other.pkl cannot guide .* scaled in another way")
+
+
+def test_without_guidance_the_guide_is_not_needed(published, cache, tmp_path, monkeypatch):
+    (tmp_path / "alone" / "edm2").mkdir(parents=True)
+    (tmp_path / "alone" / "edm2" / ROWS[PIXELS].path.name).symlink_to(ROWS[PIXELS].path)
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path / "alone"))
+    invoke("train", *flags(TRAIN, dataset_name=PIXELS)).refused("xs-0134217")
+    short = dict(dataset_name=PIXELS, total_kimg=0.008, M=0, guidance_type="uncond")
+    invoke("train", *flags(TRAIN, short)).ok()
+    assert load_student(only_run(Path("exps"))).sampling.training_guidance_rate == 1
+    options = dict(model_path="teacher", dataset_name=PIXELS, num_steps=3, seeds="0-1", guidance_rate=1, outdir="x")
+    invoke("sample", *flags(SAMPLE, options)).ok()
+    assert load_teacher(PIXELS, with_guide=False).guidance_rate == 1
 
 
 def test_a_file_of_the_other_kind_is_refused(published):

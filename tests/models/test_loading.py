@@ -7,8 +7,9 @@ from edm_pickle_files import write_edm_pickle
 from dnnlib import UserError
 from models import EDMPrecond, load_student, load_teacher
 from models.building import build_network, network_spec
-from models.loading import find_student, make_student, save_student
+from models.loading import make_student, save_student
 from models.model import SamplingSettings
+from models.paths import find_student
 from models.registry import ROWS, get_row
 
 TINY = dict(

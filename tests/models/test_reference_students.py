@@ -19,7 +19,8 @@ from tiny import NETWORK, SAMPLE, TRAIN, flags, invoke, known_as_tiny, newest_st
 from dnnlib import UserError
 from models import EDMPrecond, load_student, load_teacher
 from models.building import build_network
-from models.loading import find_student, is_teacher_file, read_sampling, save_student
+from models.loading import read_sampling, save_student
+from models.paths import find_student, is_teacher_file
 from models.published.reference_students import read_reference_student
 
 #: What the reference's training leaves, besides what its students are sampled with.

@@ -13,7 +13,8 @@ from edm_pickle_files import write_edm_pickle
 from PIL import Image
 from tiny import ROOT, Patches, invoke, only_run, tiny_network, write_images
 
-from models.loading import find_student, read_sampling
+from models.loading import read_sampling
+from models.paths import find_student
 from torch_utils.checkpoint import read_settings
 
 DOCUMENT = (ROOT / "docs" / "own-teacher.md").read_text(encoding="utf-8")

@@ -18,8 +18,9 @@ from tiny import flags, invoke, newest_student, same, student, teacher, tiny_net
 
 from dnnlib import UserError
 from models import load_student, load_teacher
-from models.loading import find_student, read_sampling
+from models.loading import read_sampling
 from models.model import SamplingSettings
+from models.paths import find_student
 from torch_utils.checkpoint import METADATA_KEY, read_network, read_settings, read_state, save_network, save_state
 
 SAMPLING = {

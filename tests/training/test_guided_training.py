@@ -179,9 +179,9 @@ def test_guidance_that_does_nothing_is_refused(changes, pattern):
 
 
 @pytest.mark.parametrize("changes, pattern", [
-    (dict(model_channels=8, img_resolution=4, attn_resolutions=[2]), "3×4², 0 classes; expected 3×8², 3 classes or n"),
-    (dict(img_channels=1), "network of 1×8², 0 classes"),
-    (dict(label_dim=4), "network of 3×8², 4 classes"),
+    (dict(model_channels=8, img_resolution=4, attn_resolutions=[2]), "3×4² pixels, 0 classes; expected 3×8² pixels, 3 c"),
+    (dict(img_channels=1), "network of 1×8² pixels, 0 classes"),
+    (dict(label_dim=4), "network of 3×8² pixels, 4 classes"),
 ])  # fmt: skip
 def test_a_guide_of_another_shape_is_refused(changes, pattern, tmp_path):
     other = write_teacher(tmp_path / "other.safetensors", **changes)

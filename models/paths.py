@@ -1,0 +1,88 @@
+"""What commands take as a model: a file, a folder of diffusers, or a run of this program by its directory or number."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from dnnlib import UserError, sha256_of
+from torch_utils.checkpoint import read_settings
+
+from .published.diffusers import is_stable_diffusion
+from .published.diffusers_folder import folder_digest
+from .published.reference_students import is_reference_student
+
+RUNS_DIR = Path("exps")
+#: A student of a run directory; the published code writes pickles.
+SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
+#: What `training.pretrain` leaves in its run directory.
+TEACHER_FILE = "teacher.safetensors"
+
+
+def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """Resolve what commands take as a model: a file, a folder of diffusers, or a run by its directory or number.
+
+    Of a run it is the newest student, or the teacher that `training.pretrain` made there; of a model in the cache of
+    the Hugging Face Hub (`models--NAME--REPO`) the snapshot that was fetched last.
+
+    Raises:
+        UserError: no such run, or one without either.
+    """
+    found = find_run(path, runs_dir)
+    snapshots = sorted((found / "snapshots").glob("*/"), key=lambda snapshot: snapshot.stat().st_mtime)
+    if snapshots and (found / "blobs").is_dir():
+        return snapshots[-1]
+    own = found / TEACHER_FILE
+    return own if own.is_file() else found if is_stable_diffusion(found) else _newest_student(found)
+
+
+def find_student(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """Resolve a file, a run directory or a run number to the newest student file; a UserError if there is none."""
+    return _newest_student(find_run(path, runs_dir))
+
+
+def find_run(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+    """The directory of a run number; any other path as it is."""
+    path = Path(str(path))
+    if not re.fullmatch(r"\d{1,9}", str(path)) or path.exists():
+        return path
+    number = f"{int(str(path)):05d}"
+    runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
+    if not runs:
+        raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
+    return runs[0]
+
+
+def _newest_student(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    snapshots = [(int(m[1]), p) for p in path.iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
+    if not snapshots:
+        raise UserError(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
+    return max(snapshots)[1]
+
+
+def own_name(model_path: str | os.PathLike) -> str:
+    """What a teacher of one's own is called: as its file, or as its folder where `training.pretrain` named the file."""
+    path = Path(model_path)
+    if path.is_dir() and path.parent.name == "snapshots":  # of the Hub's cache
+        return own_name(path.parent.parent)
+    if path.is_dir():
+        return re.sub(r"[^\w.-]+", "-", path.resolve().name).lstrip(".-") or "folder"
+    return path.resolve().parent.name if path.name == TEACHER_FILE else path.stem
+
+
+def is_teacher_file(path: Path) -> bool:
+    """Whether this is a teacher: Stable Diffusion, a pickle of EDM's training, or what `training.pretrain` writes."""
+    if is_stable_diffusion(path):
+        return True
+    if path.suffix == ".pkl":
+        return not is_reference_student(path)
+    return read_settings(path).get("format") == "teacher"
+
+
+def digest_of(path: str | os.PathLike) -> str:
+    """What a model's file, or folder, holds: SHA-256 as hex digits."""
+    path = Path(path)
+    return folder_digest(path) if path.is_dir() else sha256_of(path)
