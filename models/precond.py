@@ -63,11 +63,14 @@ class Precond(nn.Module):
         self.noise_schedule: DiscreteNoise | None = None
         self.compute_dtype: torch.dtype | None = None
 
-    def _record_frequencies(self, frequencies: Sequence[float] | None) -> None:
-        """Keep how frequent each class is, if that is known, also in `init_kwargs`."""
-        if frequencies is None:
+    def _record(self, arguments: dict[str, Any]) -> None:
+        """Keep what rebuilds this network, from `locals()` of its constructor, and how frequent each class is."""
+        left_out = ("self", "__class__", "sigma_min", "sigma_max", "class_frequencies", "model_kwargs")
+        own = {name: value for name, value in arguments.items() if name not in left_out}
+        self.init_kwargs = {**own, **arguments["model_kwargs"]}
+        if arguments.get("class_frequencies") is None:
             return
-        values = tuple(float(value) for value in frequencies)
+        values = tuple(float(value) for value in arguments["class_frequencies"])
         if len(values) != self.label_dim or not all(0 <= v <= 1 for v in values) or abs(sum(values) - 1) > 1e-3:
             raise ValueError(f"class_frequencies must be {self.label_dim} numbers from 0 to 1 that add up to 1")
         self.class_frequencies = values
@@ -165,8 +168,7 @@ class Precond(nn.Module):
         """Keep only the inputs of blocks while training and compute the rest again: less memory, more time."""
         if not isinstance(self.model, (GuidedUNet, EDM2UNet)):
             raise UserError(
-                "only latent, LSUN and EDM2 networks checkpoint gradients; a smaller micro-batch helps too",
-                "gradient_checkpointing",
+                "is for latent, LSUN and EDM2 networks; a smaller micro-batch helps", "gradient_checkpointing"
             )
         self.model.gradient_checkpointing = True
 
@@ -179,7 +181,28 @@ class Precond(nn.Module):
         return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32
 
 
-class EDMPrecond(Precond):
+class Scaled(Precond):
+    """A denoiser with EDM's scalings for data of standard deviation `sigma_data`; c_noise is `noise_factor` ln(σ)."""
+
+    sigma_data: float
+    noise_factor = 0.25
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        total = (sigma.square() + self.sigma_data**2).sqrt()
+        c_skip, c_out = self.sigma_data**2 / total.square(), sigma * self.sigma_data / total
+        return c_skip, c_out, 1 / total, self.noise_factor * sigma.log()
+
+
+class NoisePredictor(Precond):
+    """A denoiser of a noise predictor: D = x − σ ε(x / √(1 + σ²); t(σ))."""
+
+    noise_schedule: DiscreteNoise
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        return torch.ones_like(sigma), -sigma, 1 / (sigma.square() + 1).sqrt(), self.noise_schedule.step(sigma)
+
+
+class EDMPrecond(Scaled):
     """Denoiser of an EDM network.
 
     Args:
@@ -208,19 +231,10 @@ class EDMPrecond(Precond):
         **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self._record(locals())
         if model_type not in NETWORKS:
             raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(NETWORKS)}")
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.init_kwargs = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            use_fp16=use_fp16,
-            sigma_data=sigma_data,
-            model_type=model_type,
-            **model_kwargs,
-        )
-        self._record_frequencies(class_frequencies)
         self.model = NETWORKS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
@@ -233,12 +247,8 @@ class EDMPrecond(Precond):
         if self.model.map_augment is not None:
             self.model.map_augment.requires_grad_(False)  # sampling has no augmentation labels
 
-    def scalings(self, sigma: Tensor) -> Scalings:
-        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
-        return c_skip, c_out, c_in, sigma.log() / 4
 
-
-class EDM2Precond(Precond):
+class EDM2Precond(Scaled):
     """Denoiser of an EDM2 network (Karras et al. 2024, arXiv 2312.02696), in pixel space or on latents.
 
     Args:
@@ -260,21 +270,12 @@ class EDM2Precond(Precond):
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
         class_frequencies: Sequence[float] | None = None,
-        **unet_kwargs: Any,
+        **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self._record(locals())
         self.sigma_data = sigma_data
-        self.init_kwargs = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            use_fp16=use_fp16,
-            sigma_data=sigma_data,
-            logvar_channels=logvar_channels,
-            **unet_kwargs,
-        )
-        self._record_frequencies(class_frequencies)
-        self.unet = EDM2UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.unet = EDM2UNet(img_resolution, img_channels, label_dim, **model_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
 
@@ -294,12 +295,8 @@ class EDM2Precond(Precond):
         """u(σ) `[B, 1, 1, 1]`, the log variance of the denoiser's error, which its training estimates."""
         return _spread(self.logvar_linear(self.logvar_fourier(self.scalings(sigma.flatten())[3])).flatten())
 
-    def scalings(self, sigma: Tensor) -> Scalings:
-        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
-        return c_skip, c_out, c_in, sigma.log() / 4
 
-
-class ConsistencyPrecond(Precond):
+class ConsistencyPrecond(Scaled):
     """Denoiser of the diffusion teachers of consistency-models (Song et al. 2023, arXiv 2303.01469).
 
     Args:
@@ -309,6 +306,8 @@ class ConsistencyPrecond(Precond):
         use_fp16: run the core in float16 where the input is on CUDA.
         The remaining arguments are those of `GuidedUNet`.
     """
+
+    noise_factor = 250.0
 
     def __init__(
         self,
@@ -320,23 +319,12 @@ class ConsistencyPrecond(Precond):
         **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self._record(locals())
         self.sigma_data = sigma_data
-        self.init_kwargs = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            sigma_data=sigma_data,
-            use_fp16=use_fp16,
-            **model_kwargs,
-        )
         self.model = GuidedUNet(img_channels, img_channels, label_dim=label_dim, **model_kwargs)
 
-    def scalings(self, sigma: Tensor) -> Scalings:
-        c_skip, c_out, c_in = _edm_scalings(sigma, self.sigma_data)
-        return c_skip, c_out, c_in, 250 * sigma.log()
 
-
-class CFGPrecond(Precond):
+class CFGPrecond(NoisePredictor):
     """Denoiser of a noise predictor in a latent space.
 
     Args:
@@ -345,8 +333,6 @@ class CFGPrecond(Precond):
         use_fp16: run the core in float16 where the input is on CUDA.
         The remaining arguments are those of `GuidedUNet`; with `context_dim` it takes a text condition.
     """
-
-    noise_schedule: DiscreteNoise
 
     def __init__(
         self,
@@ -360,25 +346,13 @@ class CFGPrecond(Precond):
         **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, use_fp16=use_fp16)
+        self._record(locals())
         self.context_dim = context_dim
         self.noise_schedule = DiscreteNoise(linear_start, linear_end, timesteps)
-        self.init_kwargs = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            linear_start=linear_start,
-            linear_end=linear_end,
-            timesteps=timesteps,
-            use_fp16=use_fp16,
-            context_dim=context_dim,
-            **model_kwargs,
-        )
         self.model = GuidedUNet(img_channels, img_channels, context_dim=context_dim, **model_kwargs)
 
-    def scalings(self, sigma: Tensor) -> Scalings:
-        return _noise_scalings(sigma, self.noise_schedule)
 
-
-class ADMPrecond(Precond):
+class ADMPrecond(NoisePredictor):
     """Denoiser of a noise predictor of guided-diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233), on pixels.
 
     Args:
@@ -390,8 +364,6 @@ class ADMPrecond(Precond):
         use_fp16: run the core in float16 where the input is on CUDA.
         The remaining arguments are those of `GuidedUNet`.
     """
-
-    noise_schedule: DiscreteNoise
 
     def __init__(
         self,
@@ -406,38 +378,14 @@ class ADMPrecond(Precond):
         **model_kwargs: Any,
     ) -> None:
         super().__init__(img_resolution, img_channels, label_dim, use_fp16)
+        self._record(locals())
         self.noise_schedule = DiscreteNoise(linear_start, linear_end, timesteps, "linear")
-        self.init_kwargs = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            linear_start=linear_start,
-            linear_end=linear_end,
-            timesteps=timesteps,
-            learn_sigma=learn_sigma,
-            use_fp16=use_fp16,
-            **model_kwargs,
-        )
         out_channels = img_channels * (2 if learn_sigma else 1)
         self.model = GuidedUNet(img_channels, out_channels, label_dim=label_dim, **model_kwargs)
-
-    def scalings(self, sigma: Tensor) -> Scalings:
-        return _noise_scalings(sigma, self.noise_schedule)
 
 
 #: The denoisers that a file may describe.
 PRECONDITIONERS = {cls.__name__: cls for cls in (EDMPrecond, EDM2Precond, ConsistencyPrecond, CFGPrecond, ADMPrecond)}
-
-
-def _edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out and c_in of EDM."""
-    total = (sigma.square() + sigma_data**2).sqrt()
-    return sigma_data**2 / total.square(), sigma * sigma_data / total, 1 / total
-
-
-def _noise_scalings(sigma: Tensor, noise: DiscreteNoise) -> Scalings:
-    """Those of a noise predictor: D = x − σ ε(x / √(1 + σ²); t(σ))."""
-    return torch.ones_like(sigma), -sigma, 1 / (sigma.square() + 1).sqrt(), noise.step(sigma)
 
 
 def _spread(value: Tensor) -> Tensor:

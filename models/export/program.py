@@ -44,13 +44,13 @@ class StudentStep(nn.Module):
         if isinstance(student.net.noise_schedule, TableNoise):
             student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
-    def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *given: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *cond: Tensor) -> Tensor:
         conditional: Denoiser = self.net
         unconditional: Denoiser = self.net
         if self.has_text:
-            conditional, unconditional = (partial(self.net, condition=cond) for cond in (given[0], given[-1]))
-        elif given:
-            conditional = partial(self.net, class_labels=given[0])
+            conditional, unconditional = (partial(self.net, condition=each) for each in (cond[0], cond[-1]))
+        elif cond:
+            conditional = partial(self.net, class_labels=cond[0])
         clean = guided(conditional, unconditional, self.guidance_rate)(x, sigma)
         return x + (sigma_next - sigma) / sigma * (x - clean)
 
@@ -129,10 +129,10 @@ def to_program(student: OpenedStudent, dest: Path) -> float:
 
 def _our_step(student: OpenedStudent, inputs: tuple[Tensor, ...]) -> Tensor:
     """The first step of the sampler that evaluates the network, as it takes it."""
-    x, given, model, sampler = inputs[0], inputs[3:], student.model, student.sampler
-    conditions: dict[str, Any] = {"class_labels": given[0] if given else None}
+    x, cond, model, sampler = inputs[0], inputs[3:], student.model, student.sampler
+    conditions: dict[str, Any] = {"class_labels": cond[0] if cond else None}
     if model.has_text:
-        conditions = dict(condition=given[0], unconditional_condition=given[-1])
+        conditions = dict(condition=cond[0], unconditional_condition=cond[-1])
     conditions |= dict(guidance_rate=sampler.plan.guidance_rate, step_condition=sampler.step_condition)
     denoise = partial(model.denoise, **conditions)
     return solve(sampler.plan.solver, denoise, x, student.steps[:2])[-1]

@@ -13,8 +13,8 @@ in zero weights, so that a student starts as its teacher. Layers compute in the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import arrange, attend, attend_to_pixels, to_images, to_tokens
+from .attention import arrange, attend_to_pixels
 from .embeddings import PositionalEmbedding
-from .initial import kaiming_uniform, zeros
-from .layers import QKV, Conv2d, GroupNorm, Linear, Pointwise, Weighted
+from .initial import zeros
+from .layers import QKV, Conv2d, Linear, Pointwise
+from .transformer_blocks import OWN, SpatialTransformer, norm_of
 
 ATTENTION_TYPES = ("legacy", "flash", "transformer")
-#: What torch's own layers start from: weights and biases U(-a, a) with a = 1/√fan_in.
-INIT = kaiming_uniform(math.sqrt(1 / 3))
-OWN: dict[str, Any] = dict(init=INIT, init_bias=INIT)
-
-
-def _norm(channels: int, eps: float = 1e-5) -> GroupNorm:
-    return GroupNorm(channels, eps, min_channels=1)
-
-
-class LayerNorm(Weighted):
-    """Normalisation over the last dimension."""
-
-    weight: nn.Parameter
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, *self._weights(x))
 
 
 class StridedConv2d(Conv2d):
@@ -114,14 +94,14 @@ class ResBlock(nn.Module):
         self.up, self.down, self.use_scale_shift_norm = up, down, use_scale_shift_norm
         modulations = out_channels * (2 if use_scale_shift_norm else 1)
         self.in_layers = nn.Sequential(
-            _norm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, kernel=3, **OWN)
+            norm_of(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, kernel=3, **OWN)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, modulations, **OWN))
         self.emb_nfe_layers = None
         if use_step_condition:
             self.emb_nfe_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, modulations, init=zeros))
         last = Conv2d(out_channels, out_channels, kernel=3, init=zeros)
-        self.out_layers = nn.Sequential(_norm(out_channels), nn.SiLU(), nn.Dropout(dropout), last)
+        self.out_layers = nn.Sequential(norm_of(out_channels), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = None
         if in_channels != out_channels:
             self.skip_connection = Conv2d(in_channels, out_channels, kernel=1, **OWN)
@@ -153,7 +133,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         dims = 2 if layout == "flash" else 1
         self.num_heads = num_heads
-        self.norm = _norm(channels)
+        self.norm = norm_of(channels)
         self.qkv = QKV(channels, num_heads if layout == "legacy" else 1, dims, **OWN)
         self.proj_out = Pointwise(channels, channels, dims, init=zeros)
 
@@ -161,84 +141,13 @@ class SelfAttention(nn.Module):
         return x + self.proj_out(attend_to_pixels(self.qkv(self.norm(x)), self.num_heads))
 
 
-class CrossAttention(nn.Module):
-    """Attention of `x` `[B, N, C]` to `context` `[B, M, D]`."""
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the U-Net: its width, its residual blocks, and what makes their attention, if they have one."""
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q = Linear(channels, channels, bias=False, init=INIT)
-        self.to_k = Linear(context_dim, channels, bias=False, init=INIT)
-        self.to_v = Linear(context_dim, channels, bias=False, init=INIT)
-        self.to_out = nn.Sequential(Linear(channels, channels, **OWN))
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        def heads(value: Tensor) -> Tensor:
-            return value.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
-        q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
-class GatedLinear(nn.Module):
-    """GEGLU (arXiv 2002.05202): half of a linear map, gated by the GELU of the other half."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.proj = Linear(in_features, 2 * out_features, **OWN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """Two layers, four times as wide inside."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # The published layout has a place for dropout in between, which no published model uses.
-        self.net = nn.Sequential(
-            GatedLinear(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels, **OWN)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context and a feed-forward layer, each added to its input `[B, N, C]`."""
-
-    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.attn1 = CrossAttention(channels, channels, num_heads)
-        self.ff = FeedForward(channels)
-        self.attn2 = CrossAttention(channels, context_dim, num_heads)
-        self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of `[B, C, H, W]`, added to their input."""
-
-    def __init__(self, channels: int, context_dim: int, num_heads: int, depth: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels, eps=1e-6)
-        self.proj_in = Conv2d(channels, channels, kernel=1, **OWN)
-        blocks = (TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
-        self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = Conv2d(channels, channels, kernel=1, init=zeros)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = to_tokens(self.proj_in(self.norm(x)))
-        for block in self.transformer_blocks:
-            h = block(h, context)
-        return x + self.proj_out(to_images(h, *x.shape[2:]))
+    channels: int
+    blocks: int
+    attention: Callable[[int], nn.Module] | None
 
 
 class GuidedUNet(nn.Module):
@@ -288,7 +197,7 @@ class GuidedUNet(nn.Module):
         self.use_step_condition, self.context_dim = use_step_condition, context_dim
         self.gradient_checkpointing = False
         emb_channels = 4 * model_channels
-        block: dict[str, Any] = dict(
+        self._block: dict[str, Any] = dict(
             emb_channels=emb_channels,
             dropout=dropout,
             use_scale_shift_norm=use_scale_shift_norm,
@@ -303,42 +212,55 @@ class GuidedUNet(nn.Module):
                 return SpatialTransformer(channels, context_dim, int(heads), transformer_depth)
             return SelfAttention(channels, int(heads), attention_type)
 
+        levels = [
+            Level(model_channels * mult, num_res_blocks, attention if 2**i in attention_resolutions else None)
+            for i, mult in enumerate(channel_mult)
+        ]
         self.positions = PositionalEmbedding(model_channels)
         self.time_embed = _embedding_layers(model_channels, emb_channels)
         self.label_emb = ClassEmbedding(label_dim, emb_channels) if label_dim else None
         self.nfe_embed = _embedding_layers(model_channels, emb_channels) if use_step_condition else None
-        channels = model_channels * channel_mult[0]
+        skips = self._build_encoder(in_channels, levels, resblock_updown)
+        widest = levels[-1].channels
+        self.middle_block = nn.ModuleList(
+            [ResBlock(widest, widest, **self._block), attention(widest), ResBlock(widest, widest, **self._block)]
+        )
+        self._build_decoder(skips, levels, resblock_updown)
+        end = Conv2d(levels[0].channels, out_channels, kernel=3, init=zeros)
+        self.out = nn.Sequential(norm_of(levels[0].channels), nn.SiLU(), end)
+
+    def _build_encoder(self, in_channels: int, levels: list[Level], resblock_updown: bool) -> list[int]:
+        """Make `input_blocks`; returns the channels of everything that the decoder takes over, in order."""
+        channels = levels[0].channels
         self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(in_channels, channels, kernel=3, **OWN)])])
         skips = [channels]
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [ResBlock(channels, model_channels * mult, **block)]
-                channels = model_channels * mult
-                if 2**level in attention_resolutions:
-                    layers.append(attention(channels))
+        for level in levels:
+            for _ in range(level.blocks):
+                layers: list[nn.Module] = [ResBlock(channels, level.channels, **self._block)]
+                channels = level.channels
+                layers += [] if level.attention is None else [level.attention(channels)]
                 self.input_blocks.append(nn.ModuleList(layers))
                 skips.append(channels)
-            if level + 1 < len(channel_mult):
-                down = ResBlock(channels, channels, down=True, **block) if resblock_updown else Downsample(channels)
-                self.input_blocks.append(nn.ModuleList([down]))
+            if level is not levels[-1]:
+                layers = [Downsample(channels)]
+                if resblock_updown:
+                    layers = [ResBlock(channels, channels, down=True, **self._block)]
+                self.input_blocks.append(nn.ModuleList(layers))
                 skips.append(channels)
-        self.middle_block = nn.ModuleList(
-            [ResBlock(channels, channels, **block), attention(channels), ResBlock(channels, channels, **block)]
-        )
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), model_channels * mult, **block)]
-                channels = model_channels * mult
-                if 2**level in attention_resolutions:
-                    layers.append(attention(channels))
-                if level and i == num_res_blocks:
-                    layers.append(
-                        ResBlock(channels, channels, up=True, **block) if resblock_updown else Upsample(channels)
-                    )
+        return skips
+
+    def _build_decoder(self, skips: list[int], levels: list[Level], resblock_updown: bool) -> None:
+        """Make `output_blocks`, each of which takes the last of `skips` besides."""
+        self.output_blocks, channels = nn.ModuleList(), levels[-1].channels
+        for level in reversed(levels):
+            for i in range(level.blocks + 1):
+                layers: list[nn.Module] = [ResBlock(channels + skips.pop(), level.channels, **self._block)]
+                channels = level.channels
+                layers += [] if level.attention is None else [level.attention(channels)]
+                if level is not levels[0] and i == level.blocks:
+                    up = ResBlock(channels, channels, up=True, **self._block) if resblock_updown else Upsample(channels)
+                    layers.append(up)
                 self.output_blocks.append(nn.ModuleList(layers))
-        last = Conv2d(channels, out_channels, kernel=3, init=zeros)
-        self.out = nn.Sequential(_norm(channels), nn.SiLU(), last)
 
     def forward(
         self, x: Tensor, times: Tensor, cond: Tensor | None = None, step_condition: Tensor | None = None
