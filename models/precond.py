@@ -235,13 +235,7 @@ class EDMPrecond(Scaled):
         if model_type not in NETWORKS:
             raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(NETWORKS)}")
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-        self.model = NETWORKS[model_type](
-            img_resolution=img_resolution,
-            in_channels=img_channels,
-            out_channels=img_channels,
-            label_dim=label_dim,
-            **model_kwargs,
-        )
+        self.model = NETWORKS[model_type](img_resolution, img_channels, img_channels, label_dim, **model_kwargs)
 
     def freeze_unused(self) -> None:
         if self.model.map_augment is not None:

@@ -316,7 +316,7 @@ def stages(name: str, batch: int) -> None:
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
     precision = "bf16" if OPTIONS.tiny else "fp16"
     config = DistillConfig(name, batch=batch, precision=precision, **schedule)
-    setup = bench.make_setup(row, config, device())
+    setup = bench.make_setup(bench.random_teacher(row, device()), config)
     for order in ([], [device().type]):
         with channels_last_on(*order):
             freeze(setup.distiller.teacher.model)

@@ -30,7 +30,7 @@ from dnnlib.options import Command, Whole, device_option, precision_option, sect
 from models.building import build_on_meta, highest_sigma, row_config
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
-from models.loading import make_student
+from models.loading import load_teacher, make_student
 from models.model import DiffusionModel, Given
 from models.networks.autoencoders import AUTOENCODERS
 from models.networks.layers import freeze
@@ -103,16 +103,18 @@ class Setup:
     given: Given
 
 
-def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device, cuda_graph: str = "off") -> Setup:
-    """The published network of `row` with random weights, in the precision of `config`; for the mode see `Graphs`."""
-    net = build_on_meta(row).to_empty(device=device)
-    fill_randomly(net)
+def random_teacher(row: DatasetSpec, device: torch.device) -> DiffusionModel:
+    """The published network of `row`, and its guide, with random weights."""
+    nets = [build_on_meta(each).to_empty(device=device) for each in (row, row.guide) if each is not None]
+    for net in nets:
+        fill_randomly(net)
     latent = None if row.codec is None else _random_latent_space(row)
-    guide = None if row.guide is None else build_on_meta(row.guide).to_empty(device=device)
-    if guide is not None:
-        fill_randomly(guide)
-    space = (row.sigma_min, highest_sigma(row, net), latent)
-    teacher = freeze(DiffusionModel(net, row.name, *space, guide=guide))
+    space = (row.sigma_min, highest_sigma(row, nets[0]), latent)
+    return freeze(DiffusionModel(nets[0], row.name, *space, guide=nets[1] if row.guide is not None else None))
+
+
+def make_setup(teacher: DiffusionModel, config: DistillConfig, cuda_graph: str = "off") -> Setup:
+    """What a run of `config` with this teacher computes, in its precision; for the mode see `Graphs`."""
     sampling = config.sampling(teacher.sigma_min, teacher.sigma_max)
     student = make_student(teacher, sampling)
     teacher.compute_dtype = student.compute_dtype = PRECISIONS[config.precision]
@@ -120,7 +122,7 @@ def make_setup(row: DatasetSpec, config: DistillConfig, device: torch.device, cu
     size = largest_micro_batch(trajectories, student, None, config.batch)
     distiller = Distiller(trajectories, student, config, size)
     torch.manual_seed(0)
-    inputs = random_inputs(net, config.batch, device)
+    inputs = random_inputs(teacher.net, config.batch, next(teacher.parameters()).device)
     return Setup(distiller, inputs["x"], inputs.get("condition", inputs.get("class_labels")))
 
 
@@ -259,7 +261,9 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 
 @click.command(cls=Command)
 @section("What to time")
-@click.option("--dataset_name", help="Whose network to run, with random weights", metavar="NAME", default="emoji32")
+@click.option("--dataset_name", help="Whose network to run, with random weights; default: emoji32", metavar="NAME")
+@click.option("--model_path", help="A teacher of your own in its place: file, run, or folder of diffusers",
+              metavar="PATH")  # fmt: skip
 @click.option("--batch", help="Samples in a training iteration", type=Whole(1, 2**20), default=64)
 @click.option("--repeats", help="Most runs of each stage; the best counts", type=Whole(1, 1000), default=3)
 @click.option("--quick", help="One run of every stage, small evaluation stages", is_flag=True)
@@ -271,22 +275,26 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @device_option
 @cuda_graph_option
 @click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
-def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> None:
+def main(dataset_name: str | None, model_path: str | None, batch: int, json_path: str | None, **opts: Any) -> None:
     """Time training, sampling and evaluation on this device.
 
     \b
     Examples:
       python -m training.bench --dataset_name=emoji32
       python -m training.bench --dataset_name=cifar10 --batch=128 --json=cifar10.json
+      python -m training.bench --model_path=path/to/stable-diffusion-2-1 --batch=8
     """
-    row = get_row(dataset_name)
+    if model_path is None:
+        dataset_name = dataset_name or "emoji32"
+        get_row(dataset_name)
     device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
     check_mode(opts["cuda_graph"], device)
     if opts["channels_last"] is None:
         opts["channels_last"] = prefers_channels_last(device)
     if opts["dry_run"]:
-        plan = {"dataset_name": dataset_name, "batch": batch, **opts, "precision": precision, "device": str(device)}
+        plan = {"dataset_name": dataset_name, "model_path": model_path, "batch": batch, **opts}
+        plan |= {"precision": precision, "device": str(device)}
         click.echo(json.dumps({**plan, "json": json_path}, indent=2))
         return
     if json_path is not None:
@@ -294,34 +302,34 @@ def main(dataset_name: str, batch: int, json_path: str | None, **opts: Any) -> N
     configure_backends()
     with channels_last_on(*[device.type] * opts["channels_last"]):
         repeats = 1 if opts["quick"] else opts["repeats"]
-        results = run_stages(row, batch, precision, device, opts["quick"], repeats, opts["cuda_graph"])
+        if model_path is not None:
+            teacher = load_teacher(dataset_name, model_path, device)
+        else:
+            teacher = random_teacher(get_row(str(dataset_name)), device)
+        schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if teacher.has_text else {}
+        config = DistillConfig(
+            teacher.dataset_name, model_path=model_path, batch=batch, precision=precision, **schedule
+        )
+        results = run_stages(teacher, config, opts["quick"], repeats, opts["cuda_graph"])
     if json_path is not None:
         write_text(Path(json_path), json.dumps(results, indent=2))
 
 
 def run_stages(
-    row: DatasetSpec,
-    batch: int,
-    precision: str,
-    device: torch.device,
-    quick: bool,
-    repeats: int,
-    cuda_graph: str = "off",
+    teacher: DiffusionModel, config: DistillConfig, quick: bool, repeats: int, cuda_graph: str = "off"
 ) -> dict[str, Any]:
     """Time every stage and print a line for each; what is recorded of them."""
-    schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
-    config = DistillConfig(row.name, batch=batch, precision=precision, **schedule)
+    device, batch, precision = next(teacher.parameters()).device, config.batch, config.precision
     # On the CPU a product in float16 may be emulated, and takes for ever.
     dtypes = {"fp32", precision} if device.type == "cpu" else PRECISIONS
     peaks = {name: matrix_peak(device, PRECISIONS[name]) for name in PRECISIONS if name in dtypes}
-    setup = make_setup(row, config, device, cuda_graph)
-    guide = None if row.guide is None else build_on_meta(row.guide)
-    micro_batch, cost = setup.distiller.micro_batch_size, run_cost(config, build_on_meta(row), guide=guide)
+    cost = run_cost(config, teacher.net, guide=teacher.guide)
+    setup = make_setup(teacher, config, cuda_graph)
     about = {
-        "dataset_name": row.name, "device": _device_name(device), "threads": torch.get_num_threads(),
+        "dataset_name": teacher.dataset_name, "device": _device_name(device), "threads": torch.get_num_threads(),
         "precision": precision, "channels_last": prefers_channels_last(device), "batch": batch,
         "cuda_graph": cuda_graph,
-        "micro_batch": micro_batch, "repeats": repeats, "torch": torch.__version__,
+        "micro_batch": setup.distiller.micro_batch_size, "repeats": repeats, "torch": torch.__version__,
         "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     click.echo(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -80,7 +80,7 @@ def network(cuda: FakeCuda, name: str) -> dict[str, Any]:
     row = get_row(name)
     schedule: dict[str, Any] = dict(schedule_type="discrete", schedule_rho=1) if row.text else {}
     config = DistillConfig(name, batch=BATCH, precision="fp16", **schedule)
-    setup = bench.make_setup(row, config, CUDA)
+    setup = bench.make_setup(bench.random_teacher(row, CUDA), config)
     actions = bench.network_stages(setup, config)
     for stage in ("training iteration", "decoding"):
         # The first time frozen weights are cast, and it is found out which trained ones are; the decoder is read.
