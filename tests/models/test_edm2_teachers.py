@@ -283,9 +283,12 @@ def test_prefetch_brings_guide_and_autoencoder(published, cache):
     assert not any(name.startswith("edm2-") for name in prefetch.expand(["all"]))
 
 
-def test_a_step_conditioned_student_is_exported(tmp_path):
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_step_conditioned_student_is_exported(suffix, tmp_path):
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     net = randomised(EDM2Precond(**NETWORK, use_step_condition=True))
     sampling = SamplingSettings("tiny", 4, True, "polynomial", 7.0, 0.006, 80.0, use_step_condition=True)
     save_student(tmp_path / "student.safetensors", Student(net, sampling), {})
-    arguments = dict(model_path=tmp_path / "student.safetensors", dest=tmp_path / "step.pt2")
+    arguments = dict(model_path=tmp_path / "student.safetensors", dest=tmp_path / f"step.{suffix}")
     assert "differs from our step by" in invoke("models.export", "program", *flags(arguments)).ok().output

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers_folders import write_unet
 from published import known_as_published
 from test_cost import tiny_on_meta
 
@@ -45,6 +46,15 @@ def test_slow_stages_run_less_often(monkeypatch):
     assert list(bench.rounds(3)) == [0, 1, 2]
     monkeypatch.setattr(bench, "STAGE_SECONDS", 0.0)
     assert list(bench.rounds(3)) == [0]
+
+
+def test_benchmark_of_a_folder_of_diffusers(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "InceptionV3", torch.nn.Identity)
+    folder = write_unet(tmp_path / "ddpm")
+    results = run_bench(tmp_path, f"--model_path={folder}", "--precision=fp32", "--channels_last=False")
+    assert results["about"]["dataset_name"] == "ddpm"
+    rows = {row["stage"]: row for row in results["timings"]}
+    assert rows["training iteration"]["flops"] == 18 * 4 * results["flops_per_evaluation"] > 0
 
 
 @pytest.mark.slow
