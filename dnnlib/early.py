@@ -2,7 +2,8 @@
 
 Importing torch takes a second, in which Ctrl-C would show a traceback of imports. Nothing is begun then, so nothing is
 lost by leaving at once. Handlers are set where a command of this program is the process, never in programs that import
-it; `dnnlib.signals` replaces them while a command runs.
+it; `dnnlib.signals` replaces them while a command runs. Until they are set, nothing is imported that Python has not
+imported itself.
 """
 
 import atexit
@@ -10,10 +11,7 @@ import io
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
-
-from .packages import TORCH, installed, is_met
 
 #: Exit codes of commands that a signal ended. 75 is EX_TEMPFAIL of sysexits.h, "not done, try again": no scheduler
 #: takes it for success or for a defect, and a process that was killed before it could save never ends with it.
@@ -25,7 +23,8 @@ def is_command() -> bool:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     if file is None:
         return sys.argv[:1] == ["-m"]
-    return Path(__file__).resolve().parent.parent in Path(file).resolve().parents
+    own = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    return os.path.realpath(file).startswith(own + os.sep)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -36,6 +35,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _check_packages() -> None:
+    from .packages import TORCH, installed, is_met
+
     if os.name == "nt":
         sys.exit("Error: this program runs on Linux and macOS; on Windows, use WSL")
     if not is_met(TORCH):
@@ -60,10 +61,10 @@ def _print_anything() -> None:
 
 
 if is_command():
-    _print_anything()
-    _check_packages()
     atexit.register(_ignore_signals)
     for _number in EXIT_CODES:
         # One that is ignored stays so: a shell's background jobs are not meant by Ctrl-C.
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(_number, _leave)
+    _print_anything()
+    _check_packages()

@@ -63,6 +63,18 @@ def need(module: str, install: str) -> ModuleType:
         raise UserError(f"{module} is needed and cannot be imported ({first_line(error)}); run: {install}") from None
 
 
+def environment_number(name: str, default: int) -> int:
+    """A whole number that torchrun, or whoever starts several processes, leaves in the environment.
+
+    Raises:
+        UserError: it is none.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{name}={text[:40]!r} in the environment is no number; start by torchrun, or unset it")
+    return int(text)
+
+
 class FailureBoard(Protocol):
     """Where processes that work together leave what ended one of them."""
 
@@ -145,7 +157,7 @@ def with_flag(error: UserError, command: click.Command) -> str:
 
 def _report(error: BaseException, command: click.Command) -> None:
     """Say on rank 0 what ended the command, or leave it to rank 0; returns if that is not the user's to mend."""
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0"))
     message: str | None
     if isinstance(error, Stopped):
         message = _reason(is_first, 0)

@@ -39,6 +39,10 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk, which writers do not place
     finally:
         temporary.unlink(missing_ok=True)
 

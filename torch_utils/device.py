@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dnnlib import UserError
+from dnnlib.errors import environment_number
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -74,7 +75,7 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
         raise UserError(f"{name!r} is no device; expected cpu, cuda, cuda:N or mps", "device") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = environment_number("LOCAL_WORLD_SIZE", 1)
         if processes > 1 and device.index is not None:
             raise UserError(f"{name} is one GPU for {processes} processes; leave the number out", "device")
         if processes > count > 0:
@@ -144,7 +145,7 @@ def share_cores() -> int:
     torchrun sets it to 1 where the user did not, which leaves most of a workstation idle. Returns the threads of this
     process.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
     if processes > 1 and not _chose_threads():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dnnlib import UserError
-from dnnlib.errors import share_failures
+from dnnlib import UserError, first_line
+from dnnlib.errors import environment_number, share_failures
 
 T = TypeVar("T")
 #: In which dtype gradients are sent.
@@ -37,7 +37,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return environment_number("LOCAL_RANK", 0)
 
 
 def init(device: torch.device) -> None:
@@ -46,7 +46,10 @@ def init(device: torch.device) -> None:
         torch.cuda.set_device(device)  # events and streams are those of the current device
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except ValueError as error:  # variables that are missing, or no numbers
+        raise UserError(f"the environment has RANK, but {first_line(error)}; start by torchrun, or unset it") from None
     # torchrun's store outlives a restart, so what the processes before have left there would be taken for addresses.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_gpu = device.type == "cuda"
@@ -128,12 +131,12 @@ def world_size() -> int:
 
 def expected_world_size() -> int:
     """Number of processes, also before `init`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment_number("WORLD_SIZE", 1)
 
 
 def is_first_process() -> bool:
     """Whether this is rank 0, also before `init`."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return environment_number("RANK", 0) == 0
 
 
 def barrier() -> None:

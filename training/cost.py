@@ -8,7 +8,6 @@ addition are two). Time is taken from a short calibration with random weights on
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib import format_count, format_duration
+from dnnlib.errors import environment_number
 from models.building import build_on_meta
 from models.loading import read_guide
 from models.model import SamplingSettings
@@ -220,7 +220,7 @@ def averaging_seconds(size: float, processes: int, machines: int = 1) -> float:
 
 def describe_averaging(gradients: float, compression: str, processes: int, step: float) -> str:
     """A line on what averaging so many bytes of float32 gradients adds to an optimizer step of `step` seconds."""
-    machines = int(os.environ.get("NNODES", "1"))  # of launch.sh
+    machines = environment_number("NNODES", 1)  # of launch.sh
     seconds = averaging_seconds(gradients / (1 if compression == "none" else 2), processes, machines)
     link = "25 Gb/s between machines" if machines > 1 else "NVLink"
     return (

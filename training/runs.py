@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
+from dnnlib.errors import environment_number
 from dnnlib.files import remove_leftovers
 from models.paths import RUNS_DIR
 from models.paths import find_run as path_of_run
@@ -189,7 +189,7 @@ class Place:
     @property
     def starts_anew(self) -> bool:
         """torchrun repeats a command whose first attempt has made the run, which then goes on."""
-        return self.resume == "never" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return self.resume == "never" and not environment_number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def locate_run(place: Place, config: DistillConfig) -> tuple[Path | None, bool]:

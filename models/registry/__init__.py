@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,9 @@ def known_names() -> str:
 def get_row(dataset_name: str) -> DatasetSpec:
     """The row of `dataset_name`, or one clear line with the names there are."""
     if dataset_name not in ROWS:
-        raise UserError(f"unknown dataset_name {dataset_name!r}; expected one of {known_names()}")
+        near = difflib.get_close_matches(dataset_name, ROWS, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown dataset_name {dataset_name!r}{meant}; expected one of {known_names()}")
     return ROWS[dataset_name]
 
 

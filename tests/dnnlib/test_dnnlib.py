@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -116,6 +117,9 @@ def test_errors_of_writing_name_the_file(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no regular file"):
         write_text(tmp_path / "folder", "x")
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "full"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writers of numbers report it
+    assert caught.value.filename == str(tmp_path / "full")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 

@@ -50,7 +50,8 @@ def test_the_data_sets_of_the_program():
     assert [name for name in ROWS if name in paper] == paper and set(more) < set(ROWS)
     assert all(name == row.name for name, row in ROWS.items())
     with pytest.raises(
-        UserError, match="unknown dataset_name 'imagenet'; expected one of emoji32, emoji32-cond, cifar10"
+        UserError,
+        match=r"unknown dataset_name 'imagenet' \(did you mean imagenet64\?\); expected one of emoji32, emoji32-cond, cifar10",
     ):
         get_row("imagenet")
 

@@ -601,6 +601,20 @@ def test_a_slow_rank_is_waited_for(tmp_path):
     assert same(weights(only_run(tmp_path / "slow")), whole_run(tmp_path, 2, M=0))
 
 
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "x"}, "the environment has RANK, but .*'x'; start by torchrun"), ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE='' in"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9+' in"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, but .*MASTER_ADDR expected, but not set; start by torchrun"),
+])  # fmt: skip
+def test_half_of_an_environment_of_torchrun_is_one_line(environment, words, tmp_path, monkeypatch):
+    """As schedulers leave it that start one process."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = train_flags(teacher(), outdir=tmp_path, total_kimg=0.008)
+    invoke("train", *args).refused(words)
+
+
 def test_a_run_whose_folder_was_removed_is_one_line(tmp_path):
     run_faulty("lose_folder", train_flags(teacher(), M=0), tmp_path).refused(r"stats\.jsonl|training-state")
 
