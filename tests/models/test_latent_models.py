@@ -41,12 +41,13 @@ from dnnlib import UserError
 from models import load_student, load_teacher, sampling
 from models.building import build_network, build_on_meta, network_spec, read_config
 from models.latent import LatentSpace
-from models.loading import _latent_network, make_student, save_student
+from models.loading import make_student, save_student
 from models.model import SamplingSettings
 from models.networks.autoencoders import AUTOENCODERS
 from models.opening import open_sampler
 from models.precond import CFGPrecond, EDMPrecond
 from models.prompts import Prompts
+from models.published.networks import latent_network
 from models.registry import ROWS
 from models.sampling import SamplerOptions, draw_latents, student_sampler, teacher_sampler
 from solvers import solve
@@ -178,7 +179,7 @@ def test_every_published_name_is_accounted_for(name, file):
         prefix: {k for k in tensors if k.startswith(prefix)} for prefix in ("first_stage_model.", "cond_stage_model.")
     }
     others = {k: v for k, v in tensors.items() if not k.startswith(tuple(parts))}
-    net = _latent_network(spec["network"], others, Path("published"))
+    net = latent_network(spec["network"], others, Path("published"))
     assert len(net.state_dict()) == sum(key.startswith("model.diffusion_model.") for key in published)
     stage = {k: v for k, v in spec["first_stage"].items() if k not in ("class", "scale_factor")}
     with torch.device("meta"):
@@ -187,7 +188,7 @@ def test_every_published_name_is_accounted_for(name, file):
     assert bool(parts["cond_stage_model."]) == ROWS[name].text
     del others["model.diffusion_model.middle_block.1.norm.weight"]
     with pytest.raises(UserError, match=r"missing model\.diffusion_model\.middle_block\.1\.norm\.weight"):
-        _latent_network(spec["network"], others, Path("published"))
+        latent_network(spec["network"], others, Path("published"))
 
 
 # --- Files that are not as they should be ----------------------------------------------------------------------------
