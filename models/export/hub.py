@@ -35,7 +35,7 @@ def to_hub(student: OpenedStudent, repo: str, private: bool = False) -> str:
     """
     check_repo(repo)
     if is_offline():
-        raise UserError(f"nothing is sent to {repo} while SFD_OFFLINE is set", "offline")
+        raise UserError(f"offline (SFD_OFFLINE is set), so nothing is sent to {repo}; unset it")
     hub: Any = need("huggingface_hub", "pip install huggingface_hub")
     card = hub_card(student, repo).encode()
     try:

@@ -103,7 +103,7 @@ def test_what_the_hub_refuses_is_one_line(hub, monkeypatch):
     invoke("models.export", *arguments).refused("me/test was not written .*401")
     invoke("models.export", *arguments[:2], "--repo=test").refused("'test' is no repository; expected NAME/REPOSITORY")
     monkeypatch.setenv("SFD_OFFLINE", "1")
-    invoke("models.export", *arguments).refused("offline, so nothing is sent to me/test")
+    invoke("models.export", *arguments).refused("offline .*, so nothing is sent to me/test")
     assert not any("/commit/" in path for path, *_ in hub.seen)
 
 

@@ -589,7 +589,7 @@ def test_gradient_checkpointing_trains_the_same_student(files, tmp_path):
             options = dict(intervals=loop.Intervals(), gradient_checkpointing=name == "with")
             loop.train(config, loop.Place(tmp_path / name), CPU, **options)
     assert same(weights(only_run(tmp_path / "without")), weights(only_run(tmp_path / "with")))
-    with pytest.raises(UserError, match="only latent, LSUN and EDM2 networks checkpoint"):
+    with pytest.raises(UserError, match="gradient_checkpointing: is for latent, LSUN and EDM2 networks"):
         EDMPrecond(
             8, 3, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1
         ).checkpoint_gradients()

@@ -454,7 +454,9 @@ def test_a_student_knows_where_its_teacher_is_and_what_it_holds(tmp_path, monkey
     sheet = ["sample", f"--model_path={run_dir}", "--compare=True", "--seeds=0-1", "--device=cpu", "--outdir=x"]
     invoke(*sheet).ok()
     moved = path.rename(tmp_path / "moved.safetensors")
-    invoke(*sheet).refused(rf"{path}, the teacher of \S*network-snapshot-000000, is not there; .*--teacher=PATH")
+    invoke(*sheet).refused(
+        rf"--teacher: {path}, the teacher of \S*network-snapshot-000000, is not there; say where it is"
+    )
     invoke(*sheet, f"--teacher={moved}").ok()
     write_teacher(path, seed=1)
     for more in ([], [f"--teacher={path}"]):
