@@ -104,15 +104,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes, infinite: bool = False) -> Any:
     """What a JSON text of anybody holds.
+
+    Args:
+        infinite: take NaN and infinity for numbers, as Python writes them.
 
     Raises:
         ValueError: it is none, or none that all readers take alike: a name twice in an object, NaN, infinity, numbers
             beyond float64; or it is nested too deeply.
     """
+    numbers: dict[str, Any] = {} if infinite else dict(parse_float=_finite, parse_constant=_no_number)
     try:
-        return json.loads(content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_number)
+        return json.loads(content, object_pairs_hook=_unique, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

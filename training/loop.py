@@ -202,7 +202,6 @@ def train(
     lpips = perceptual_loss(config, student)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
-    launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
     launch |= {"cuda_graph": cuda_graph, "torch": torch.__version__, **vars(intervals), "log": log}
     opened = distributed.on_first_rank(lambda: runs.open_run(place, config, launch))
     if opened.is_finished:  # by a process that was faster

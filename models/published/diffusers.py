@@ -143,7 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe, say, would be waited for
         raise UserError(f"{path} is missing; expected a complete folder of diffusers")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        # diffusers writes -Infinity for a default of some schedulers.
+        content = parse_json(path.read_text(encoding="utf-8"), infinite=True)
     except ValueError:
         content = None
     if not isinstance(content, dict):

@@ -19,7 +19,7 @@ from models.export.student import open_student
 from models.loading import guidance_of, load_student, load_teacher
 from models.noise import DiscreteNoise, FlowNoise, TableNoise, alpha_table, betas
 from models.paths import find_model
-from models.published.diffusers_folder import open_folder, read_noise
+from models.published.diffusers_folder import TABLES, open_folder, read_noise
 from solvers import get_solver, solve
 from torch_utils.checkpoint import read_network, save_network
 from training.config import DistillConfig
@@ -513,6 +513,24 @@ def test_the_package_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match="pip install diffusers"):
         load_teacher(None, folder)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_scheduler_that_the_package_saves_is_read(name):
+    """Some of them have infinity among their defaults, which is no JSON."""
+    folder = write_unet(Path("ddpm"))
+    getattr(package(), name)(beta_end=0.03).save_pretrained((folder / SCHEDULER_FILE).parent)
+    assert read_noise(open_folder(folder))["beta_end"] == 0.03
+
+
+def test_a_schedule_that_is_not_finite_is_refused():
+    folder = write_unet(Path("ddpm"))
+    package()
+    for changes in ({"beta_end": float("inf")}, {"beta_start": float("nan")}, {"trained_betas": [float("nan")] * 1000}):
+        config = {"_class_name": "DDIMScheduler", **changes}
+        (folder / SCHEDULER_FILE).write_text(json.dumps(config))
+        with pytest.raises(UserError, match="no usable noise schedule"):
+            load_teacher(None, folder)
 
 
 def test_noise_of_a_scheduler_with_its_defaults():
