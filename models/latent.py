@@ -112,9 +112,8 @@ class LatentSpace:
         decoder = moved_to(latents.device, self.decoder())
         with decoding_in(self.decode_precision, latents.device) as decoder.compute_dtype:
             # States are scaled to about unit variance, which the first stage knows nothing of.
-            if self.scale is not None:
-                return 2 * decoder.decode(self.scale.latents(latents.float())) - 1
-            return decoder.decode(latents / self._config["first_stage"].get("scale_factor", 1.0))
+            images = decoder.decode(self.scaling.latents(latents.float()))
+        return images if self.scale is None else 2 * images - 1
 
     def decoder(self) -> Autoencoder:
         """The first stage. Who decodes at the end of a long run asks for it at the start, to know that it is there."""
