@@ -15,12 +15,9 @@ docs/interchange.md says how far they differ.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnnlib import UserError, make_folder, write_text
+from dnnlib import UserError, write_text
 
 from ..building import row_config
 from ..loading import own_latent_space
@@ -39,7 +36,7 @@ from ..published.networks import read_published
 from ..published.state_dicts import FIRST_STAGE, TEXT, below, is_stage_matrix, stage_name, unet_name
 from ..registry import get_row
 from .card import write_card
-from .student import OpenedStudent
+from .student import OpenedStudent, new_folder, write_json
 
 #: The release of diffusers that the layout is tested with.
 VERSION = "0.42.1"
@@ -55,100 +52,44 @@ def to_diffusers(student: OpenedStudent, dest: Path) -> None:
             "use `program`"
         )
     row = get_row(name)
-    config = row_config(row)
+    # A file says itself what its network is; the rest is as in the teacher.
+    config = {**row_config(row), "network": net.init_kwargs}
     tensors, source = read_published(row, own_latent_space(student.model.sampling, str(student.path)))
-    pipeline = Pipeline(
-        net,
-        # A file says itself what its network is; the rest is as in the teacher.
-        {**config, "network": net.init_kwargs},
-        tensors,
-        find_tokenizer(source),
-        student.sampler.sigmas,
-        student.sampler.plan.afs,
-        student.sampler.plan.guidance_rate,
-        student.record(),
-    )
-    write_pipeline(pipeline, dest, write_card(student, _how(pipeline, dest.name), "diffusers"))
+    with new_folder(dest) as temporary:
+        _write_networks(net, config, tensors, state_scale(student), temporary)
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(student))
+        _write_tokenizer(find_tokenizer(source), config, temporary / "tokenizer")
+        write_json(temporary / "model_index.json", INDEX)
+        rate = student.sampler.plan.guidance_rate
+        record = {"guidance_scale": rate, "state_scale": state_scale(student), **student.record()}
+        write_json(temporary / "sfd.json", record)
+        write_text(temporary / "README.md", write_card(student, _how(student, dest.name), "diffusers"))
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What a folder is made of.
-
-    Attributes:
-        net: the student's network, without step condition.
-        config: what `models/configs` says of its teacher.
-        tensors: first stage and text encoder under their published names.
-        tokenizer: directory with the tokenizer's files.
-        sigmas: the student's noise levels, float64 `[num_steps]`.
-        afs: whether its first step is analytical.
-        guidance_rate: what it is sampled with.
-        settings: what else to record, JSON-serialisable.
-    """
-
-    net: CFGPrecond
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    tokenizer: Path
-    sigmas: Tensor
-    afs: bool
-    guidance_rate: float
-    settings: Mapping[str, Any]
-
-    @property
-    def steps(self) -> Tensor:
-        """Noise levels of the steps that evaluate the network, and the end."""
-        return self.sigmas[int(self.afs) :]
-
-    @property
-    def scale(self) -> float:
-        """g: states in the pipeline are g times ours."""
-        if not self.afs:
-            return 1.0
-        first, second = self.sigmas[:2].tolist()
-        return second / (first + (second - first) * first / math.sqrt(1 + first**2))
+def state_scale(student: OpenedStudent) -> float:
+    """g: states in the pipeline are g times ours."""
+    return float(student.steps[0]) / student.initial_scale
 
 
-def write_pipeline(pipeline: Pipeline, dest: Path, card: str) -> None:
-    """Write the folder with its card, all or nothing; `dest` must not exist.
-
-    Raises:
-        UserError: it exists, or cannot be written.
-    """
-    if dest.exists():
-        raise UserError(f"{dest} exists; choose a new folder", "dest")
-    make_folder(dest.parent, "dest")
-    temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
-    try:
-        _write_networks(pipeline, temporary)
-        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(pipeline))
-        _write_tokenizer(pipeline, temporary / "tokenizer")
-        write_json(temporary / "model_index.json", _index())
-        write_json(temporary / "sfd.json", _record(pipeline))
-        write_text(temporary / "README.md", card)
-        temporary.rename(dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_networks(pipeline: Pipeline, folder: Path) -> None:
-    network, stage = pipeline.config["network"], pipeline.config["first_stage"]
-    unet = {unet_name(name, network["num_res_blocks"]): t for name, t in pipeline.net.model.state_dict().items()}
-    g = pipeline.scale
+def _write_networks(
+    net: CFGPrecond, config: Mapping[str, Any], published: Mapping[str, Tensor], g: float, folder: Path
+) -> None:
+    """U-Net, and first stage and text encoder of the `published` file, with their configurations."""
+    network, stage = config["network"], config["first_stage"]
+    unet = {unet_name(name, network["num_res_blocks"]): t for name, t in net.model.state_dict().items()}
     unet |= {name: unet[name] * g for name in ("conv_out.weight", "conv_out.bias")}
     unet["conv_in.weight"] = unet["conv_in.weight"] / g
-    part = below(pipeline.tensors, FIRST_STAGE)
     vae = {
         stage_name(name, len(stage["ch_mult"])): t[:, :, 0, 0] if is_stage_matrix(name) else t
-        for name, t in part.items()
+        for name, t in below(published, FIRST_STAGE).items()
     }
-    text = below(pipeline.tensors, f"{TEXT}transformer.")
+    text = below(published, f"{TEXT}transformer.")
     text.pop(POSITIONS, None)
     configs = {
         "unet": unet_config(network),
         "vae": stage_config(stage, network, g),
         "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-                         **(pipeline.config.get("text") or VIT_L_14)},
+                         **(config.get("text") or VIT_L_14)},
     }  # fmt: skip
     for name, tensors in {"unet": unet, "vae": vae, "text_encoder": text}.items():
         (folder / name).mkdir(parents=True)
@@ -157,14 +98,14 @@ def _write_networks(pipeline: Pipeline, folder: Path) -> None:
         save_file(tensors, str(folder / name / (WEIGHTS[name] + SUFFIXES[0])), metadata={"format": "pt"})
 
 
-def _write_tokenizer(pipeline: Pipeline, folder: Path) -> None:
+def _write_tokenizer(source: Path, config: Mapping[str, Any], folder: Path) -> None:
     """The tokenizer's files. Diffusers has the number of tokens from the settings, which need not be there for us."""
     folder.mkdir()
     for name in TOKENIZER_FILES:
-        if (pipeline.tokenizer / name).is_file():
-            shutil.copyfile(pipeline.tokenizer / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     settings = read_json(folder / TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
-    length = (pipeline.config.get("text") or VIT_L_14)["max_position_embeddings"]
+    length = (config.get("text") or VIT_L_14)["max_position_embeddings"]
     write_json(
         folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     )
@@ -218,13 +159,14 @@ def stage_config(stage: Mapping[str, Any], network: Mapping[str, Any], scale: fl
     }
 
 
-def scheduler_config(pipeline: Pipeline) -> dict[str, Any]:
+def scheduler_config(student: OpenedStudent) -> dict[str, Any]:
     """`EulerDiscreteScheduler` with the student's noise levels where a configuration can say them.
 
     Two, or any number on the schedules `polynomial` with rho 7 and `logsnr`, it can: then `num_inference_steps` is
     enough. Others have to be passed as `sigmas`, see the folder's README.
     """
-    sigmas, noise = pipeline.steps, pipeline.net.noise_schedule
+    sigmas, noise = student.steps, student.net.noise_schedule
+    assert noise is not None
     # The student never goes below σ_min, and the table's first level is where a run ends.
     log_alphas = noise.alphas_cumprod.log().clamp(max=-math.log1p(float(sigmas[-1]) ** 2))
     betas = -torch.expm1(log_alphas.diff(prepend=log_alphas.new_zeros(1)))
@@ -256,36 +198,24 @@ def spacing_of(sigmas: Tensor) -> str | None:
     return next((name for name, made in candidates.items() if torch.allclose(made, evaluated, rtol=1e-9)), None)
 
 
-def _index() -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": VERSION,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
-    }
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": VERSION,
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None]),
+    "requires_safety_checker": False,
+}
 
 
-def _record(pipeline: Pipeline) -> dict[str, Any]:
-    return {
-        "sigmas": pipeline.steps.tolist(),
-        "guidance_scale": pipeline.guidance_rate,
-        "state_scale": pipeline.scale,
-        **pipeline.settings,
-    }
-
-
-def _how(pipeline: Pipeline, name: str) -> str:
+def _how(student: OpenedStudent, name: str) -> str:
     """How the folder is sampled, for its card."""
-    rate, count = pipeline.guidance_rate, len(pipeline.steps) - 1
-    sigmas = ", ".join(f"{sigma:.9g}" for sigma in pipeline.steps.tolist())
-    plain = spacing_of(pipeline.steps) is not None
+    rate, count = student.sampler.plan.guidance_rate, len(student.steps) - 1
+    sigmas = ", ".join(f"{sigma:.9g}" for sigma in student.steps.tolist())
+    plain = spacing_of(student.steps) is not None
     how = f"num_inference_steps={count}" if plain else f"sigmas=[{sigmas}]"
     other = (
         f"The same noise levels said outright: `sigmas=[{sigmas}]`."
@@ -300,10 +230,5 @@ image = pipe("a photo of a cat", {how}, guidance_scale={rate:g}).images[0]
 ```
 
 {other} Keep the scheduler. The analytical first step is folded into the model: first and last convolution, and the
-decoder's scaling factor, carry a factor of {pipeline.scale:.6f}. There is no safety checker.
+decoder's scaling factor, carry a factor of {state_scale(student):.6f}. There is no safety checker.
 """
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2) + "\n")

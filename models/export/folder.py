@@ -23,7 +23,6 @@ The vectors of a step-conditioned student are in the biases of the layers that e
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dnnlib import UserError, make_folder, write_text
+from dnnlib import UserError, write_text
 
 from ..diffusers_precond import DiffusersPrecond
 from ..diffusers_space import FolderSpace
@@ -42,8 +41,8 @@ from ..noise import FlowNoise
 from ..published.diffusers import read_json
 from ..published.diffusers_folder import EXPORTED, NETWORK_WEIGHTS, VARIANTS, Folder, open_folder
 from .card import write_card
-from .diffusers import VERSION, write_json
-from .student import OpenedStudent
+from .diffusers import VERSION
+from .student import OpenedStudent, new_folder, write_json
 
 #: Entries of the scheduler's table for each step, so that float32 holds each ratio of neighbours well.
 ENTRIES = 64
@@ -57,8 +56,6 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
     Raises:
         UserError: it exists, cannot be written, or the network has no such form.
     """
-    if dest.exists():
-        raise UserError(f"{dest} exists; choose a new folder", "dest")
     net = student.net
     assert isinstance(net, DiffusersPrecond)
     if (net.is_latent or net.label_dim > 0) and net.init_kwargs["module"] == "UNet2DModel":
@@ -66,9 +63,7 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         raise UserError(f"{student.path} is a UNet2DModel with {kind}, for which diffusers has no pipeline")
     teacher = open_folder(str(student.model.sampling.teacher_path)) if net.is_latent else None
     network = stock_network(student)
-    make_folder(dest.parent, "dest")
-    temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
-    try:
+    with new_folder(dest) as temporary:
         part = net.model.family.part
         config = {"_class_name": net.init_kwargs["module"], "_diffusers_version": VERSION, **net.init_kwargs["config"]}
         write_json(temporary / part / "config.json", config)
@@ -79,13 +74,14 @@ def to_folder(student: OpenedStudent, dest: Path) -> None:
         index = {"_class_name": "DDIMPipeline"} if teacher is None else _copy_rest(student, teacher, temporary)
         index |= {"_diffusers_version": VERSION, part: ["diffusers", net.init_kwargs["module"]]}
         write_json(temporary / "model_index.json", {**index, "scheduler": ["diffusers", scheduler["_class_name"]]})
-        record = {**student.record(), "state_scale": state_scale(student), "guidance_scale": _guidance(student)}
+        record = {
+            **student.record(),
+            "state_scale": state_scale(student),
+            "guidance_scale": student.sampler.plan.guidance_rate,
+        }
         write_json(temporary / EXPORTED, record)
         how = _how(student, dest.name, str(index["_class_name"]))
         write_text(temporary / "README.md", write_card(student, how, "diffusers"))
-        temporary.rename(dest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_flow(student: OpenedStudent) -> bool:
@@ -214,13 +210,9 @@ def _drop_variant(part: Path) -> None:
                 file.rename(plain)
 
 
-def _guidance(student: OpenedStudent) -> float:
-    return student.sampler.plan.guidance_rate
-
-
 def _how(student: OpenedStudent, name: str, pipeline: str) -> str:
     """How the folder is sampled, for its card."""
-    count, rate = len(student.steps) - 1, _guidance(student)
+    count, rate = len(student.steps) - 1, student.sampler.plan.guidance_rate
     arguments = f"num_inference_steps={count}"
     if is_flow(student):
         times = ", ".join(f"{sigma / (1 + sigma):.9g}" for sigma in student.steps[:-1].tolist())

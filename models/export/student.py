@@ -1,12 +1,19 @@
-"""A student opened for export, with the record of what it is."""
+"""A student opened for export, with the record of what it is, and the folder that an export becomes."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from dnnlib import UserError, make_folder, write_text
 
 from ..loading import load_student
 from ..model import Student
@@ -74,3 +81,27 @@ def open_student(model_path: str, num_steps: int | None = None) -> OpenedStudent
     sampler = student_sampler(model, num_steps)
     net = fold_step_condition(model.net, len(sampler.sigmas)) if sampler.step_condition is not None else model.net
     return OpenedStudent(model, net, sampler, path)
+
+
+@contextmanager
+def new_folder(dest: Path) -> Iterator[Path]:
+    """Yield the name of a folder that becomes `dest` once it is complete, and is removed if it fails.
+
+    Raises:
+        UserError: `dest` exists, or cannot be written.
+    """
+    if dest.exists():
+        raise UserError(f"{dest} exists; choose a new folder", "dest")
+    make_folder(dest.parent, "dest")
+    temporary = dest.with_name(f".{os.getpid()}.tmp.{dest.name}")
+    try:
+        yield temporary
+        temporary.rename(dest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, making the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")
