@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from .precond import Precond
 #: The end of a line about a model that guidance cannot change.
 UNGUIDABLE = "has neither classes nor text nor a guide to be guided by; leave the rate out, or give a guide"
 #: One-hot labels, text conditions, or None for neither.
-Given = Tensor | Conditions | None
+Cond = Tensor | Conditions | None
 #: Student timestamps that SFD-v draws from, NFE 2 to 5 with AFS.
 VARIABLE_STEPS = (4, 5, 6, 7)
 
@@ -230,30 +230,30 @@ class DiffusionModel(nn.Module):
         assert self.latent is not None
         return self.latent.encode_nothing(next(self.parameters()).device)
 
-    def conditioning(self, given: Given, guidance_rate: float = 1.0) -> dict[str, Any]:
-        """What `denoise` takes by name for `given`: one-hot labels, text conditions, or None for neither."""
+    def conditioning(self, cond: Cond, guidance_rate: float = 1.0) -> dict[str, Any]:
+        """What `denoise` takes by name for `cond`: one-hot labels, text conditions, or None for neither."""
         if not self.has_text:
-            return {"class_labels": given, "guidance_rate": guidance_rate}
+            return {"class_labels": cond, "guidance_rate": guidance_rate}
         unconditional = None
         if guidance_rate != 1 and self.guide is None:
             caption = self.negative_prompt or ""
             if caption not in self._encoded:
                 self._encoded = {caption: self.encode_text([caption]) if caption else self._encode_nothing()}
             unconditional = self._encoded[caption]
-        return {"condition": given, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
+        return {"condition": cond, "unconditional_condition": unconditional, "guidance_rate": guidance_rate}
 
-    def denoiser(self, given: Given, guidance_rate: float = 1.0, step_condition: float | None = None) -> Denoiser:
-        """`denoise` as solvers call it: for `given` as above, and the number of timestamps that the network is told."""
-        return partial(self, step_condition=step_condition, **self.conditioning(given, guidance_rate))
+    def denoiser(self, cond: Cond, guidance_rate: float = 1.0, step_condition: float | None = None) -> Denoiser:
+        """`denoise` as solvers call it: for `cond` as above, and the number of timestamps that the network is told."""
+        return partial(self, step_condition=step_condition, **self.conditioning(cond, guidance_rate))
 
     def replayed(
-        self, graphs: Graphs, function: Callable[[Tensor, Given], Tensor], key: Hashable, x: Tensor, given: Given
+        self, graphs: Graphs, function: Callable[[Tensor, Cond], Tensor], key: Hashable, x: Tensor, cond: Cond
     ) -> Tensor:
-        """`function(x, given)`, which is made of `denoise`, by `graphs`; `key` is all that it depends on besides."""
+        """`function(x, cond)`, which is made of `denoise`, by `graphs`; `key` is all that it depends on besides."""
         key = key, self.compute_dtype, self.negative_prompt
-        if isinstance(given, Conditions):
-            return graphs(lambda x, *parts: function(x, Conditions(*parts)), key, x, *given.parts)
-        return graphs(function, key, x, given)
+        if isinstance(cond, Conditions):
+            return graphs(lambda x, *parts: function(x, Conditions(*parts)), key, x, *cond.parts)
+        return graphs(function, key, x, cond)
 
     def denoise(
         self,
@@ -335,14 +335,13 @@ class Student(DiffusionModel):
         Raises:
             UserError: something that this student cannot be asked for.
         """
-        states = self._sample(seeds, class_labels, prompts, num_steps, batch, guidance_rate, noise)
+        from .requests import student_states  # which is built on this module
+
+        states = student_states(self, seeds, class_labels, prompts, num_steps, batch, guidance_rate, noise)
         return np.concatenate(list(downloaded(quantized(self.decode(part)) for part in states)))
 
     def sample_states(self, seeds: Sequence[int], **options: Any) -> Tensor:
         """What `sample` makes images of, by the same arguments: `[N, C, h, w]`, float32; `decode` takes them."""
-        return torch.cat(list(self._sample(seeds, **options)))
+        from .requests import student_states
 
-    def _sample(self, seeds: Sequence[int], *args: Any, **options: Any) -> Iterator[Tensor]:
-        from .requests import student_states  # which is built on this module
-
-        return student_states(self, seeds, *args, **options)
+        return torch.cat(list(student_states(self, seeds, **options)))

@@ -16,13 +16,7 @@ from solvers import SamplingPlan
 from torch_utils.graphs import Graphs
 
 from .latent import pick_decode_precision
-from .loading import (
-    guidance_of,
-    load_student,
-    load_teacher,
-    load_teacher_of,
-    read_sampling,
-)
+from .loading import guidance_of, load_student, load_teacher, load_teacher_of, read_sampling
 from .model import SamplingSettings, Student
 from .paths import digest_of, find_model, is_teacher_file
 from .prompts import given_prompts, prompts_for
@@ -105,6 +99,7 @@ def open_sampler(
         UserError: whatever does not fit together.
     """
     captions = given_prompts(options.prompt, options.prompts)  # before anything is fetched
+    about = "prompt" if options.prompts is None else "prompts"
     if options.guidance_rate is not None and not math.isfinite(options.guidance_rate):
         raise UserError(f"{options.guidance_rate} is not a finite number; give one", "guidance_rate")
     path = _model_file(model_path)
@@ -114,7 +109,7 @@ def open_sampler(
         if teacher_path is not None:
             raise UserError("is for a student, and model_path is a teacher", "teacher_path")
         model = load_teacher(dataset_name, path, device, options.guide, with_guide=options.guidance_rate != 1)
-        prompts = prompts_for(model, captions, "prompt" if options.prompts is None else "prompts")
+        prompts = prompts_for(model, captions, about)
         sampler = teacher_sampler(model, options, prompts)
         effective = TeacherOptions.of(options)
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
@@ -124,7 +119,7 @@ def open_sampler(
     else:
         model = load_student(path, device, teacher_path)
         _check_student(model.sampling, dataset_name, options)
-        prompts = prompts_for(model, captions, "prompt" if options.prompts is None else "prompts")
+        prompts = prompts_for(model, captions, about)
         sampler = student_sampler(model, options.num_steps, options.guidance_rate, prompts)
         # Snapshots have the same names in every run, so the name of the run comes with it.
         name = path.stem if path.parent == Path() else f"{path.parent.name}-{path.stem}"

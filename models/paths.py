@@ -20,7 +20,7 @@ SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(?:safetensors|pkl)")
 TEACHER_FILE = "teacher.safetensors"
 
 
-def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+def find_model(path: str | os.PathLike | int) -> Path:
     """Resolve what commands take as a model: a file, a folder of diffusers, or a run by its directory or number.
 
     Of a run it is the newest student, or the teacher that `training.pretrain` made there; of a model in the cache of
@@ -29,7 +29,7 @@ def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path
     Raises:
         UserError: no such run, or one without either.
     """
-    found = find_run(path, runs_dir)
+    found = find_run(path)
     snapshots = sorted((found / "snapshots").glob("*/"), key=lambda snapshot: snapshot.stat().st_mtime)
     if snapshots and (found / "blobs").is_dir():
         return snapshots[-1]
@@ -37,20 +37,20 @@ def find_model(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path
     return own if own.is_file() else found if is_stable_diffusion(found) else _newest_student(found)
 
 
-def find_student(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+def find_student(path: str | os.PathLike | int) -> Path:
     """Resolve a file, a run directory or a run number to the newest student file; a UserError if there is none."""
-    return _newest_student(find_run(path, runs_dir))
+    return _newest_student(find_run(path))
 
 
-def find_run(path: str | os.PathLike | int, runs_dir: Path = RUNS_DIR) -> Path:
+def find_run(path: str | os.PathLike | int) -> Path:
     """The directory of a run number; any other path as it is."""
     path = Path(str(path))
     if not re.fullmatch(r"\d{1,9}", str(path)) or path.exists():
         return path
     number = f"{int(str(path)):05d}"
-    runs = sorted(runs_dir.glob(f"{number}-*")) if runs_dir.is_dir() else []
+    runs = sorted(RUNS_DIR.glob(f"{number}-*"))
     if not runs:
-        raise UserError(f"run {path} does not exist under ./{runs_dir}; expected a folder {number}-…")
+        raise UserError(f"run {path} does not exist under ./{RUNS_DIR}; expected a folder {number}-…")
     return runs[0]
 
 

@@ -87,7 +87,6 @@ class Precond(nn.Module):
         class_labels: Tensor | None = None,
         condition: Tensor | None = None,
         step_condition: Tensor | float | None = None,
-        force_fp32: bool = False,
         **model_kwargs: Any,
     ) -> Tensor:
         """Denoise `x` `[B, C, H, W]` at `sigma` (scalar, `[1]` or `[B]`) → `[B, C, H, W]`, float32.
@@ -104,7 +103,7 @@ class Precond(nn.Module):
         x = x.float()
         sigma = _on_device(sigma, x).reshape(-1)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        core = (_spread(c_in) * x).to(self.core_dtype(x.device, force_fp32))
+        core = (_spread(c_in) * x).to(self.core_dtype(x.device))
         with self._casting(core):
             raw = self.model(
                 core,
@@ -172,10 +171,8 @@ class Precond(nn.Module):
             )
         self.model.gradient_checkpointing = True
 
-    def core_dtype(self, device: torch.device, force_fp32: bool = False) -> torch.dtype:
+    def core_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype in which F runs on `device`."""
-        if force_fp32:
-            return torch.float32
         if self.compute_dtype is not None:
             return self.compute_dtype
         return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32

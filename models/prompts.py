@@ -90,13 +90,13 @@ def given_prompts(prompt: str | None, path: PathLike | None) -> Prompts | None:
     return None if path is None else Prompts(read_prompts(path))
 
 
-def prompts_for(model: DiffusionModel, given: Prompts | None = None, about: str = "prompt") -> Prompts | None:
-    """Captions for a text-conditioned model: those `given`, by the option `about`, else by seed; else None.
+def prompts_for(model: DiffusionModel, captions: Prompts | None = None, about: str = "prompt") -> Prompts | None:
+    """Captions for a text-conditioned model: `captions` that were given by the option `about`, else by seed; else None.
 
     Raises:
         UserError: captions for a model without text.
     """
     if model.has_text:
-        return captions_by_seed() if given is None else given
-    model.check_prompt(None if given is None else given.texts[0], about)
+        return captions_by_seed() if captions is None else captions
+    model.check_prompt(None if captions is None else captions.texts[0], about)
     return None

@@ -18,7 +18,7 @@ from torch_utils.images import quantized
 from torch_utils.random import draw_classes, sample_generators, stacked_randn
 from torch_utils.transfers import downloaded, upload
 
-from .model import VARIABLE_STEPS, DiffusionModel, Given, SamplingSettings, Student
+from .model import VARIABLE_STEPS, Cond, DiffusionModel, SamplingSettings, Student
 from .prompts import Prompts
 
 #: On the CPU the kernels, and so the last bits, can depend on the size of the batch: it is always this one.
@@ -48,14 +48,14 @@ class Sampler:
         """Network evaluations per image."""
         return self.plan.nfe
 
-    def run(self, x: Tensor, cond: Given, callback: Callback | None = None) -> Tensor:
+    def run(self, x: Tensor, cond: Cond, callback: Callback | None = None) -> Tensor:
         """Final states `[B, C, H, W]` from `x` at σ_max; `cond` are labels or text conditions; see `solve`."""
         if callback is not None:  # which looks at every step
             return self._run(x, cond, callback)
         return self.model.replayed(self.graphs, self._run, None, x, cond)
 
     @torch.no_grad()
-    def _run(self, x: Tensor, cond: Given, callback: Callback | None = None) -> Tensor:
+    def _run(self, x: Tensor, cond: Cond, callback: Callback | None = None) -> Tensor:
         plan = self.plan
         denoise = self.model.denoiser(cond, plan.guidance_rate, self.step_condition)
         x = solve(plan.solver, denoise, x, self.sigmas, plan.afs, plan.num_steps - 1, callback)[-1]
@@ -120,7 +120,7 @@ def draw_latents(
     class_index: int | Sequence[int] | None = None,
     prompts: Prompts | Sequence[str] | None = None,
     noise: Tensor | None = None,
-) -> tuple[Tensor, Given]:
+) -> tuple[Tensor, Cond]:
     """Start states at σ_max `[N, C, H, W]`, and what they are conditioned on, on the device.
 
     That is one-hot labels `[N, label_dim]`, text conditions `[N, tokens, width]`, or None for neither. Each sample

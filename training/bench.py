@@ -31,7 +31,7 @@ from models.building import build_on_meta, highest_sigma, row_config
 from models.detectors.inception import InceptionV3
 from models.latent import LatentSpace
 from models.loading import load_teacher, make_student
-from models.model import DiffusionModel, Given
+from models.model import Cond, DiffusionModel
 from models.networks.autoencoders import AUTOENCODERS
 from models.networks.layers import freeze
 from models.published.state_dicts import FIRST_STAGE
@@ -100,7 +100,7 @@ class Setup:
 
     distiller: Distiller
     samples: Tensor
-    given: Given
+    cond: Cond
 
 
 def random_teacher(row: DatasetSpec, device: torch.device) -> DiffusionModel:
@@ -137,18 +137,18 @@ def _random_latent_space(row: DatasetSpec) -> LatentSpace:
 
 def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[], Any]]:
     """What is timed, by the name of its stage."""
-    distiller, x, given = setup.distiller, setup.samples, setup.given
+    distiller, x, cond = setup.distiller, setup.samples, setup.cond
     steps, student = config.num_steps, distiller.student
     sigmas = distiller.teacher.sigmas(steps)[:: config.M + 1]
 
     def teach() -> None:
-        for part, conditions in _parts(x, given, distiller.micro_batch_size):
+        for part, conditions in _parts(x, cond, distiller.micro_batch_size):
             distiller.teacher.trajectory(part * student.sigma_max, conditions, steps)
 
     def step() -> None:
         """The second step, the first one that is not analytical."""
         student.train()
-        parts = _parts(x * float(sigmas[1]), given, distiller.micro_batch_size)
+        parts = _parts(x * float(sigmas[1]), cond, distiller.micro_batch_size)
         states, conditions = [part for part, _ in parts], [part for _, part in parts]
         distiller._step(1, states, states, conditions, sigmas[1:3], student.sampling)
 
@@ -161,13 +161,13 @@ def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[]
 
     def sample(sampler: Sampler) -> None:
         student.eval()
-        for part, conditions in _parts(x, given, min(distiller.micro_batch_size, network_batch(student, len(x)))):
+        for part, conditions in _parts(x, cond, min(distiller.micro_batch_size, network_batch(student, len(x)))):
             states = sampler.run(part * student.sigma_max, conditions)
             if not student.is_latent:
                 to_uint8(states)
 
     actions: dict[str, Callable[[], Any]] = {
-        "training iteration": lambda: distiller.iterate(x, given, steps),
+        "training iteration": lambda: distiller.iterate(x, cond, steps),
         "teacher trajectory": teach,
         "student step": step,
     }
@@ -177,9 +177,9 @@ def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[]
     return actions
 
 
-def _parts(x: Tensor, given: Given, size: int) -> list[tuple[Tensor, Given]]:
+def _parts(x: Tensor, cond: Cond, size: int) -> list[tuple[Tensor, Cond]]:
     parts = x.split(size)
-    return list(zip(parts, [None] * len(parts) if given is None else given.split(size)))
+    return list(zip(parts, [None] * len(parts) if cond is None else cond.split(size)))
 
 
 def _untimed(stage: str, cost: Cost, batch: int) -> Timing:

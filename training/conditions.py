@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from models.model import Given, Student
+from models.model import Cond, Student
 from models.prompts import Prompts
 from torch_utils import distributed
 from torch_utils.random import draw_classes, generator
@@ -60,7 +60,7 @@ class Batches:
     prompts: Prompts | None
     device: torch.device
 
-    def draw(self, iteration: int) -> tuple[Tensor, Given, int]:
+    def draw(self, iteration: int) -> tuple[Tensor, Cond, int]:
         """Noise `[local batch, C, H, W]`; one-hot labels, text conditions, or None; and the number of timestamps."""
         config, rank, world = self.config, distributed.rank(), distributed.world_size()
         share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
@@ -68,7 +68,7 @@ class Batches:
         num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
         return upload(noise, self.device), self.draw_cond(iteration, share), num_steps
 
-    def draw_cond(self, iteration: int, share: slice) -> Given:
+    def draw_cond(self, iteration: int, share: slice) -> Cond:
         """One-hot labels or text conditions of a share of the batch; None for neither."""
         config = self.config
         if self.prompts is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from dnnlib import UserError
 from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
-from models.model import DiffusionModel, Given, SamplingSettings, Student
+from models.model import Cond, DiffusionModel, SamplingSettings, Student
 from solvers import Callback, Denoiser, SamplingPlan, get_schedule, get_solver, solve
 from torch_utils import distributed
 from torch_utils.graphs import Graphs
@@ -69,14 +69,14 @@ class Teacher:
         count = self.config.teacher_steps(num_steps)
         return get_schedule(s.schedule_type, count, s.sigma_min, s.sigma_max, s.schedule_rho, self.model.noise_schedule)
 
-    def denoiser(self, cond: Given, plan: SamplingPlan) -> Denoiser:
+    def denoiser(self, cond: Cond, plan: SamplingPlan) -> Denoiser:
         """The model's, conditioned on labels or text, for trajectories of this plan."""
         model, step_condition = self.model, None
         if isinstance(model, Student):
             step_condition = replace(model.sampling, num_steps=plan.num_steps).step_condition
         return model.denoiser(cond, plan.guidance_rate, step_condition)
 
-    def trajectory(self, x: Tensor, cond: Given, num_steps: int, callback: Callback | None = None) -> Tensor:
+    def trajectory(self, x: Tensor, cond: Cond, num_steps: int, callback: Callback | None = None) -> Tensor:
         """States at the student's timestamps, `[num_steps, *x.shape]`, from `x` at σ_max.
 
         With `denoise_to_zero`, the last one is what the denoiser makes of it: what is left of the noise at σ_min is
@@ -88,7 +88,7 @@ class Teacher:
         return self.model.replayed(self.graphs, run, num_steps, x, cond)
 
     @torch.no_grad()
-    def _trajectory(self, x: Tensor, cond: Given, num_steps: int, callback: Callback | None = None) -> Tensor:
+    def _trajectory(self, x: Tensor, cond: Cond, num_steps: int, callback: Callback | None = None) -> Tensor:
         plan, sigmas = self.plan(num_steps), self.sigmas(num_steps)
         denoise = self.denoiser(cond, plan)
         states = solve(plan.solver, denoise, x, sigmas, plan.afs, self.config.M + 1, callback)
@@ -180,7 +180,7 @@ class Distiller:
         self._one = torch.ones((), device=self.device)
         self.losses = Losses(max(config.step_choices), self.device)
 
-    def iterate(self, noise: Tensor, cond: Given, num_steps: int) -> tuple[Tensor, Tensor]:
+    def iterate(self, noise: Tensor, cond: Cond, num_steps: int) -> tuple[Tensor, Tensor]:
         """Train on this rank's share of a batch.
 
         Args:
@@ -209,7 +209,7 @@ class Distiller:
         i: int,
         states: Sequence[Tensor],
         targets: Sequence[Tensor],
-        conds: Sequence[Given],
+        conds: Sequence[Cond],
         sigmas: Tensor,
         sampling: SamplingSettings,
     ) -> list[Tensor]:

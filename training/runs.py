@@ -306,9 +306,9 @@ def _images_of(line: str) -> float:
     return images if type(images) is int else -1
 
 
-def find_run(run: str, runs_dir: Path = RUNS_DIR) -> Path:
+def find_run(run: str) -> Path:
     """The directory of a run: a path, or the number of a run under `./exps`."""
-    found = path_of_run(run, runs_dir)
+    found = path_of_run(run)
     if not found.is_dir():
-        raise UserError(f"{run} is no run: expected a run directory, or a number under ./{runs_dir}")
+        raise UserError(f"{run} is no run: expected a run directory, or a number under ./{RUNS_DIR}")
     return found

@@ -276,11 +276,13 @@ class EDM2UNet(nn.Module):
                 self.enc[f"{size}x{size}_conv"] = MPConv(img_channels + 1, width, kernel=3)
                 skips.append(width)
             else:
-                self.enc[f"{size}x{size}_down"] = self._new_block(skips[-1], skips[-1], True, resample="down")
+                self.enc[f"{size}x{size}_down"] = EDM2Block(
+                    skips[-1], skips[-1], is_encoder=True, resample="down", **self._block
+                )
                 skips.append(skips[-1])
             for i in range(num_blocks):
                 name = f"{size}x{size}_block{i}"
-                self.enc[name] = self._new_block(skips[-1], width, True, attention=attends[level])
+                self.enc[name] = EDM2Block(skips[-1], width, is_encoder=True, attention=attends[level], **self._block)
                 skips.append(width)
         return skips
 
@@ -293,26 +295,15 @@ class EDM2UNet(nn.Module):
         for level in reversed(range(len(sizes))):
             size = f"{sizes[level]}x{sizes[level]}"
             if level == len(sizes) - 1:
-                self.dec[f"{size}_in0"] = self._new_block(channels, channels, False, attention=True)
-                self.dec[f"{size}_in1"] = self._new_block(channels, channels, False)
+                self.dec[f"{size}_in0"] = EDM2Block(channels, channels, is_encoder=False, attention=True, **self._block)
+                self.dec[f"{size}_in1"] = EDM2Block(channels, channels, is_encoder=False, **self._block)
             else:
-                self.dec[f"{size}_up"] = self._new_block(channels, channels, False, resample="up")
+                self.dec[f"{size}_up"] = EDM2Block(channels, channels, is_encoder=False, resample="up", **self._block)
             for i in range(num_blocks + 1):
-                block = self._new_block(channels + skips.pop(), widths[level], False, attention=attends[level])
-                self.dec[f"{size}_block{i}"] = block
+                self.dec[f"{size}_block{i}"] = EDM2Block(
+                    channels + skips.pop(), widths[level], is_encoder=False, attention=attends[level], **self._block
+                )
                 channels = widths[level]
-
-    def _new_block(
-        self,
-        in_channels: int,
-        out_channels: int,
-        is_encoder: bool,
-        resample: str | None = None,
-        attention: bool = False,
-    ) -> EDM2Block:
-        return EDM2Block(
-            in_channels, out_channels, is_encoder=is_encoder, resample=resample, attention=attention, **self._block
-        )
 
     def forward(
         self,

@@ -90,12 +90,8 @@ class _UNet(nn.Module):
         """Embed `num_steps` (scalar, `[1]` or `[B]`) to `[B, emb_channels]`."""
         if not self.use_step_condition:
             raise ValueError("this network has no step-condition layers; build it with use_step_condition=True")
-        emb = self._map_step_input(step_condition.reshape(-1))
-        emb = F.silu(self.map_step_layer0(emb))
+        emb = F.silu(self.map_step_layer0(self.map_step(step_condition.reshape(-1))))
         return F.silu(self.map_step_layer1(emb)).expand(batch, -1)
-
-    def _map_step_input(self, step_condition: Tensor) -> Tensor:
-        return self.map_step(step_condition)
 
     def _label_input(self, class_labels: Tensor) -> Tensor:
         """Drop whole label rows while training, so that a model can learn to do without them."""
@@ -103,11 +99,6 @@ class _UNet(nn.Module):
             keep = torch.rand([len(class_labels), 1], device=class_labels.device) >= self.label_dropout
             class_labels = class_labels * keep.to(class_labels.dtype)
         return class_labels
-
-
-def _swap_halves(emb: Tensor) -> Tensor:
-    """The published SongUNet weights expect sines before cosines."""
-    return torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)
 
 
 class SongUNet(_UNet):
@@ -177,10 +168,10 @@ class SongUNet(_UNet):
             init_attention=xavier_uniform(math.sqrt(0.2)),
         )
 
-        def embedding() -> nn.Module:
+        def embedding() -> nn.Module:  # the published weights expect sines before cosines
             if embedding_type == "positional":
-                return PositionalEmbedding(noise_channels, endpoint=True)
-            return FourierEmbedding(noise_channels)
+                return PositionalEmbedding(noise_channels, endpoint=True, sines_first=True)
+            return FourierEmbedding(noise_channels, sines_first=True)
 
         self.map_noise = embedding()
         self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
@@ -213,9 +204,6 @@ class SongUNet(_UNet):
             self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
             self.dec[f"{name}_aux_conv"] = Conv2d(channels, out, kernel=3, init=self._block["init_last"])
 
-    def _map_step_input(self, step_condition: Tensor) -> Tensor:
-        return _swap_halves(self.map_step(step_condition))
-
     def forward(
         self,
         x: Tensor,
@@ -226,7 +214,7 @@ class SongUNet(_UNet):
     ) -> Tensor:
         """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
         x = arrange(x)
-        emb = _swap_halves(self.map_noise(noise_labels))
+        emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels) * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:

@@ -192,8 +192,12 @@ class GuidedUNet(nn.Module):
         super().__init__()
         if (num_heads is None) == (num_head_channels is None):
             raise ValueError("give one of num_heads and num_head_channels")
-        _check_channels(model_channels, channel_mult)
-        _check_attention(attention_type, context_dim)
+        if model_channels % 2 or any(model_channels * mult % min(model_channels * mult, 32) for mult in channel_mult):
+            raise ValueError(f"model_channels {model_channels} times {channel_mult} does not split in groups")
+        if attention_type not in ATTENTION_TYPES:
+            raise ValueError(f"attention_type is {attention_type!r}, expected one of {', '.join(ATTENTION_TYPES)}")
+        if (attention_type == "transformer") != (context_dim is not None):
+            raise ValueError("context_dim belongs to attention_type transformer, and is needed there")
         self.use_step_condition, self.context_dim = use_step_condition, context_dim
         self.gradient_checkpointing = False
         emb_channels = 4 * model_channels
@@ -310,18 +314,6 @@ class GuidedUNet(nn.Module):
             else:
                 x = layer(*arguments)
         return x
-
-
-def _check_channels(model_channels: int, channel_mult: Sequence[int]) -> None:
-    if model_channels % 2 or any(model_channels * mult % min(model_channels * mult, 32) for mult in channel_mult):
-        raise ValueError(f"model_channels {model_channels} times {channel_mult} does not split in groups of channels")
-
-
-def _check_attention(attention_type: str, context_dim: int | None) -> None:
-    if attention_type not in ATTENTION_TYPES:
-        raise ValueError(f"attention_type is {attention_type!r}, expected one of {', '.join(ATTENTION_TYPES)}")
-    if (attention_type == "transformer") != (context_dim is not None):
-        raise ValueError("context_dim belongs to attention_type transformer, and is needed there")
 
 
 def _embedding_layers(channels: int, emb_channels: int) -> nn.Sequential:

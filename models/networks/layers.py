@@ -23,6 +23,8 @@ from .initial import DEFAULT_INIT, Init, zeros
 
 #: Weight, and bias or None, as a layer computes with them.
 Weights = tuple[Tensor, Any]
+#: Channels of a head, where their number is not told.
+HEAD = 64
 #: Gradients of so many layers are in half precision at a time.
 LAYERS_AT_A_TIME = 32
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -159,7 +161,7 @@ class Linear(Weighted):
 class Conv2d(Weighted):
     """Convolution with optional ×2 resampling; `kernel=0` resamples only.
 
-    `fused` lets the convolution and the resampling filter share one padding, as NCSN++'s residual encoder does. With
+    `fused` lets a convolution and the filter that halves share one padding, as NCSN++'s residual encoder does. With
     weights, the result is multiplied by `gain`.
     """
 
@@ -207,9 +209,7 @@ class Conv2d(Weighted):
     def forward(self, x: Tensor) -> Tensor:
         pad = 0 if self.weight is None else self.weight.shape[-1] // 2
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
-        if self.fused and self.weight is not None and (self.up or self.down):
-            if self.up:
-                return self._convolve(self._upsample(x, max(filter_pad - pad, 0)), max(pad - filter_pad, 0))
+        if self.fused:
             weight, bias = self._weights(x)
             bias_free = F.conv2d(x, weight, padding=pad + filter_pad)
             return self._downsample(bias_free, 0) + bias.reshape(1, -1, 1, 1)
@@ -323,7 +323,6 @@ class UNetBlock(nn.Module):
         down: bool = False,
         attention: bool = False,
         num_heads: int | None = None,
-        channels_per_head: int = 64,
         dropout: float = 0.0,
         skip_scale: float = 1.0,
         eps: float = 1e-5,
@@ -339,7 +338,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.num_heads = 0 if not attention else num_heads or out_channels // channels_per_head
+        self.num_heads = 0 if not attention else num_heads or out_channels // HEAD
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
         own: dict[str, Any] = dict(init=init, init_bias=init_bias)
         resampling: dict[str, Any] = dict(up=up, down=down, resample_filter=resample_filter)

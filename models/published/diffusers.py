@@ -8,7 +8,6 @@ the first stage has matrices in place of 1×1 convolutions. JSON files beside th
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dnnlib import UserError, parse_json
 
 from ..networks.autoencoders import KLAutoencoder
 from ..precond import CFGPrecond
-from .state_dicts import FIRST_STAGE, OLD_ATTENTION, TEXT, UNET, is_stage_matrix, stage_name, unet_name
+from .state_dicts import FIRST_STAGE, TEXT, UNET, is_stage_matrix, new_name, stage_name, unet_name
 from .torch_checkpoint import read_checkpoint
 
 #: Weights of a component, the first that there is.
@@ -87,8 +86,7 @@ def read_first_stage(path: Path, stage: Mapping[str, Any]) -> dict[str, Tensor]:
     Args:
         stage: what `models/configs` says of it. Names and shapes are for the network to check.
     """
-    old, levels = "|".join(OLD_ATTENTION), len(stage["ch_mult"])
-    parts = {re.sub(rf"\b({old})\b", lambda m: OLD_ATTENTION[m[1]], k): t for k, t in read_checkpoint(path).items()}
+    levels, parts = len(stage["ch_mult"]), {new_name(name): t for name, t in read_checkpoint(path).items()}
     parts = _renamed(parts, lambda name: stage_name(name, levels), _names(KLAutoencoder, stage), FIRST_STAGE)
     return {name: t[:, :, None, None] if is_stage_matrix(name) and t.ndim == 2 else t for name, t in parts.items()}
 

@@ -30,7 +30,7 @@ from torch_utils.checkpoint import check_state_dict, read_tensor
 from ..diffusers_precond import DiffusersPrecond
 from ..networks.diffusers_modules import FAMILIES, Family, check_config, get_family, import_diffusers
 from .diffusers import read_json
-from .state_dicts import OLD_ATTENTION
+from .state_dicts import new_name
 
 NETWORK_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
 #: Whole weights, and those in half precision.
@@ -179,29 +179,22 @@ def folder_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(map(sha256_of, files)).encode()).hexdigest()
 
 
-def load_weights(module: torch.nn.Module, part: Path, stem: str = NETWORK_WEIGHTS) -> None:
+def load_weights(module: torch.nn.Module, part: Path) -> None:
     """Fill a module of diffusers, made on the meta device, with the float32 weights of a component.
 
     Raises:
         UserError: no safetensors, or weights of another network.
     """
     expected = module.state_dict()
-    tensors = {_new_name(name, expected): tensor for name, tensor in read_weights(part, stem).items()}
+    tensors = {name if name in expected else new_name(name): t for name, t in read_weights(part).items()}
     check_state_dict(expected, tensors, part)
     module.load_state_dict(tensors, assign=True)
 
 
-def _new_name(name: str, expected: Mapping[str, Tensor]) -> str:
-    if name in expected:
-        return name
-    return re.sub(rf"\b({'|'.join(OLD_ATTENTION)})\b", lambda found: OLD_ATTENTION[found[1]], name)
-
-
-def read_weights(part: Path, stem: str = NETWORK_WEIGHTS) -> dict[str, Tensor]:
+def read_weights(part: Path) -> dict[str, Tensor]:
     """All tensors of a component, as float32: of one file, of a half-precision variant, or of several shards."""
-    files = weight_files(part, stem)
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(part):
         try:
             with safe_open(str(file), framework="pt", device="cpu") as opened:
                 tensors |= {name: read_tensor(file, opened, name) for name in opened.keys()}  # noqa: SIM118

@@ -45,6 +45,11 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def new_name(name: str) -> str:
+    """What diffusers calls a tensor of attention now."""
+    return re.sub(rf"\b({'|'.join(OLD_ATTENTION)})\b", lambda found: OLD_ATTENTION[found[1]], name)
+
+
 def unet_name(name: str, num_res_blocks: int) -> str:
     """Name in diffusers of a tensor of `GuidedUNet` with transformer blocks."""
     layer, _, kind = name.rpartition(".")

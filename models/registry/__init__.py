@@ -175,12 +175,8 @@ def get_row(dataset_name: str) -> DatasetSpec:
     return ROWS[dataset_name]
 
 
-def fetch_weights(row: DatasetSpec, offline: bool | None = None) -> Path:
+def fetch_weights(row: DatasetSpec) -> Path:
     """The file with a row's weights, verified; downloaded and unpacked once for all processes that ask.
-
-    Args:
-        row: of `ROWS`.
-        offline: never use the network; None asks `SFD_OFFLINE`.
 
     Raises:
         UserError: the file is neither there nor to be had, or it is not the expected one.
@@ -188,19 +184,19 @@ def fetch_weights(row: DatasetSpec, offline: bool | None = None) -> Path:
     if row.loader == "embedded":
         return row.path
     member = row.member
+    if member is None or not row.weights_path.exists():
+        fetch(row.sources, row.path, row.sha256, size=row.size)
     if member is None:
-        return fetch(row.sources, row.path, row.sha256, offline, row.size)
-    if not row.weights_path.exists():
-        fetch(row.sources, row.path, row.sha256, offline, row.size)
+        return row.path
     return derive(row.weights_path, lambda: extract_member(row.path, member, row.weights_path))
 
 
-def fetch_autoencoder(offline: bool | None = None) -> Path:
+def fetch_autoencoder() -> Path:
     """Stability's autoencoder, which decodes the latents of EDM2, as diffusers publishes it."""
     path = cache_dir() / "sd-vae-ft-mse" / VAE_URL.rsplit("/", 1)[1]
-    return fetch([VAE_URL], path, VAE_SHA256, offline, size=334_643_276)
+    return fetch([VAE_URL], path, VAE_SHA256, size=334_643_276)
 
 
-def fetch_captions(offline: bool | None = None) -> Path:
+def fetch_captions() -> Path:
     """The captions that Stable Diffusion is trained and evaluated with: a CSV file whose column `text` has them."""
-    return fetch([CAPTIONS_URL], cache_dir() / "ms_coco" / CAPTIONS_URL.rsplit("/", 1)[1], offline=offline)
+    return fetch([CAPTIONS_URL], cache_dir() / "ms_coco" / CAPTIONS_URL.rsplit("/", 1)[1])

@@ -32,19 +32,15 @@ sigma            noise levels between which models are distilled and sampled
 published        by the authors, without distillation"""
 
 
-def measure(row: DatasetSpec) -> dict[str, Any]:
-    """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
-    key = (row.config or row.name, *sorted(row.network.items()))
-    if key not in _measured:
-        _measured[key] = _measure(row)
-    return _measured[key]
-
-
 #: By network: many of EDM2's files are of the same.
 _measured: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def _measure(row: DatasetSpec) -> dict[str, Any]:
+def measure(row: DatasetSpec) -> dict[str, Any]:
+    """Parameters, and operations of one evaluation, of a row's network, and the highest noise level of its own."""
+    key = (row.config or row.name, *sorted(row.network.items()))
+    if key in _measured:
+        return _measured[key]
     with torch.device("meta"), torch.no_grad(), plain_operations(), FlopCounterMode(display=False) as counter:
         net = build_on_meta(row).eval()
         parameters = sum(param.numel() for param in net.parameters())
@@ -53,7 +49,10 @@ def _measure(row: DatasetSpec) -> dict[str, Any]:
         text = {} if net.context_dim is None else {"condition": torch.empty(1, tokens, net.context_dim)}
         net(torch.empty(shape), torch.empty(1), **text)
     own_max = None if net.noise_schedule is None else net.noise_schedule.sigma_max
-    return {"parameters": parameters, "gflops": counter.get_total_flops() / 1e9, "own_sigma_max": own_max}
+    _measured[key] = {
+        "parameters": parameters, "gflops": counter.get_total_flops() / 1e9, "own_sigma_max": own_max
+    }  # fmt: skip
+    return _measured[key]
 
 
 def describe(row: DatasetSpec) -> dict[str, Any]:

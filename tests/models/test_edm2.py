@@ -178,7 +178,6 @@ def test_half_precision_core_between_float32_ends(golden, dtype):
     half = net(x, sigma, labels)
     assert half.dtype == torch.float32 and seen == [dtype] and not torch.equal(half, exact)
     assert ((half - exact).abs().amax((1, 2, 3)) < 0.03 * exact.abs().amax((1, 2, 3))).all()
-    assert torch.equal(net(x, sigma, labels, force_fp32=True), exact)
 
 
 def test_distillation_leaves_the_uncertainty_alone(golden):

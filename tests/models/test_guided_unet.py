@@ -136,7 +136,6 @@ def test_half_precision_core_keeps_states_in_float32(build):
     assert (half - exact).abs().max() < 0.1 * exact.abs().max() and not torch.equal(half, exact)
     # At a small sigma the network matters little, and nothing else may be rounded.
     assert (half - exact)[0].abs().max() < 1e-3
-    assert torch.equal(net(x, sigma, force_fp32=True, **text), exact)
 
 
 # --- Structure -------------------------------------------------------------------------------------------------------

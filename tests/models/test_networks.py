@@ -85,7 +85,6 @@ def test_half_precision_core_between_float32_ends(dtype):
     # Preconditioning stays float32, so at small sigma, where c_skip is near 1, the error is tiny in absolute terms.
     assert ((half - exact).abs().amax((1, 2, 3)) < 0.03 * exact.abs().amax((1, 2, 3))).all()
     assert not torch.equal(half, exact)
-    assert torch.equal(net(x, sigma, force_fp32=True), exact)
 
 
 @pytest.mark.parametrize("name, kwargs", [
