@@ -1,12 +1,16 @@
-"""What networks are conditioned on besides the noise level, for a batch."""
+"""What networks are conditioned on besides the noise level, for a batch; that of captions is computed once."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+#: Captions encoded at a time on a GPU, and bytes of conditions that are kept.
+BATCH, KEPT = 16, 2 << 30
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Conditions:
         """What `Conditions(*parts)` makes it of."""
         return self.tokens, self.pooled, self.time_ids
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
+
     @staticmethod
     def cat(several: Sequence[Conditions]) -> Conditions:
         """One batch of several."""
@@ -58,3 +66,39 @@ class Conditions:
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
+
+
+class Captions:
+    """Conditions of captions by text encoders, each computed once, as long as it is among those used last (`KEPT`).
+
+    Args:
+        compute: gives conditions of some captions, for a device.
+    """
+
+    def __init__(self, compute: Callable[[list[str], torch.device], Conditions]) -> None:
+        self._compute = compute
+        self._kept: OrderedDict[str, Conditions] = OrderedDict()
+        self._bytes = 0
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> Conditions:
+        """Conditions of captions, on `device`; on the CPU each is computed alone, so that it depends on no other."""
+        distinct = list(dict.fromkeys(prompts))
+        known = {prompt: self._kept[prompt] for prompt in distinct if prompt in self._kept}
+        unknown = [prompt for prompt in distinct if prompt not in known]
+        size = 1 if device.type == "cpu" else BATCH
+        for start in range(0, len(unknown), size):
+            part = unknown[start : start + size]
+            rows = self._compute(part, device).to(torch.device("cpu")).split(1)
+            # Clones, since a row of a batch keeps all of it in memory.
+            known.update((prompt, row.map(torch.clone)) for prompt, row in zip(part, rows))
+        for prompt in distinct:
+            self._keep(prompt, known[prompt])
+        return Conditions.cat([known[prompt] for prompt in prompts]).to(device)
+
+    def _keep(self, prompt: str, row: Conditions) -> None:
+        if prompt not in self._kept:
+            self._bytes += row.nbytes
+        self._kept[prompt] = row
+        self._kept.move_to_end(prompt)
+        while self._bytes > KEPT:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -11,7 +11,6 @@ The encoders are transformers' own classes, from a closed list, and their weight
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,17 @@ from torch.nn.functional import pad
 
 from dnnlib import UserError, first_line, need
 
-from .conditions import Conditions
+from . import conditions
+from .conditions import Captions, Conditions
+from .networks.clip_text import INSTALL_TRANSFORMERS
 from .published.diffusers import read_json
 from .published.diffusers_folder import TEXT_WEIGHTS, VARIANTS, Folder, weight_files
 
-INSTALL = "pip install transformers"
 #: Text encoders, and the tokenizers of each.
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 TOKENIZERS = {CLIP: "CLIPTokenizer", PROJECTED: "CLIPTokenizer", T5: "T5TokenizerFast"}
 #: Tokens that T5 sees of a caption, in the pipeline of SD3.
 T5_TOKENS = 256
-#: Captions encoded at a time on a GPU, and bytes of conditions that are kept.
-BATCH, KEPT = 16, 2 << 30
 
 
 class TextEncoders:
@@ -56,46 +54,23 @@ class TextEncoders:
         for number in sorted(needed - set(there)):
             raise UserError(f"{folder.path} has no text_encoder{number}; expected the complete folder of a pipeline")
         self._parts = [_load(folder.path / f"text_encoder{n}", folder.path / f"tokenizer{n}") for n in there]
-        self._kept: OrderedDict[str, Conditions] = OrderedDict()
-        self._bytes = 0
+        self._captions = Captions(self._compute)
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> Conditions:
-        """Conditions of captions, float32 on `device`. What is too long is cut at its end.
-
-        Each distinct caption is computed once, as long as its result is kept. On the CPU it is computed alone, so that
-        it does not depend on the others.
-        """
-        distinct = list(dict.fromkeys(prompts))
-        known = {prompt: self._kept[prompt] for prompt in distinct if prompt in self._kept}
-        unknown = [prompt for prompt in distinct if prompt not in known]
-        size = 1 if device.type == "cpu" else BATCH
-        for start in range(0, len(unknown), size):
-            part = unknown[start : start + size]
-            rows = self._compute(part, device).to(torch.device("cpu")).split(1)
-            known.update((prompt, row.map(torch.clone)) for prompt, row in zip(part, rows))
-        for prompt in distinct:
-            self._keep(prompt, known[prompt])
-        return Conditions.cat([known[prompt] for prompt in prompts]).to(device)
+        """Conditions of captions, float32 on `device`. What is too long is cut at its end."""
+        return self._captions.encode(prompts, device)
 
     def prepare(self, prompts: Sequence[str], device: torch.device) -> bool:
         """Encode a run's captions and let the encoders leave the device; False if they are too many to keep."""
-        size = _size_of(self.encode([""], device))
+        size = self.encode([""], device).nbytes
         distinct = list(dict.fromkeys(prompts))
-        if size * (len(distinct) + 1) > KEPT:
+        if size * (len(distinct) + 1) > conditions.KEPT:
             return False
-        for start in range(0, len(distinct), BATCH):
-            self.encode(distinct[start : start + BATCH], device)
+        for start in range(0, len(distinct), conditions.BATCH):
+            self.encode(distinct[start : start + conditions.BATCH], device)
         for encoder, _ in self._parts:
             encoder.to("cpu")
         return True
-
-    def _keep(self, prompt: str, row: Conditions) -> None:
-        if prompt not in self._kept:
-            self._bytes += _size_of(row)
-        self._kept[prompt] = row
-        self._kept.move_to_end(prompt)
-        while self._bytes > KEPT:
-            self._bytes -= _size_of(self._kept.popitem(last=False)[1])
 
     @torch.no_grad()
     def _compute(self, prompts: list[str], device: torch.device) -> Conditions:
@@ -126,14 +101,9 @@ class TextEncoders:
         return encoder.to(device)(ids.to(device), **options)
 
 
-def _size_of(conditions: Conditions) -> int:
-    parts = (conditions.tokens, conditions.pooled, conditions.time_ids)
-    return sum(part.nbytes for part in parts if part is not None)
-
-
 def _load(part: Path, tokenizer_part: Path) -> tuple[Any, Any]:
     """A text encoder and its tokenizer, by transformers, which fetches nothing and executes nothing of the folder."""
-    transformers: Any = need("transformers", INSTALL)
+    transformers: Any = need("transformers", INSTALL_TRANSFORMERS)
     names = read_json(part / "config.json").get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if not isinstance(name, str) or name not in TOKENIZERS:

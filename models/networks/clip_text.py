@@ -9,7 +9,6 @@ else they are fetched to `clip-vit-large-patch14/` in the cache directory.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from torch import Tensor
 from dnnlib import UserError, first_line, need
 from dnnlib.download import HUB, cache_dir, fetch
 from torch_utils.checkpoint import PathLike, check_state_dict
+
+from ..conditions import Captions, Conditions
 
 TOKENIZER = "clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -38,9 +39,6 @@ VIT_L_14: dict[str, Any] = dict(
     eos_token_id=49407,
 )
 INSTALL_TRANSFORMERS = "pip install transformers"
-BATCH = 32
-#: Conditions that are kept, 0.24 MB each for CLIP ViT-L/14.
-KEPT = 2048
 PREFIX = "transformer.text_model."
 POSITIONS = f"{PREFIX}embeddings.position_ids"
 
@@ -74,28 +72,11 @@ class TextEncoder:
         sizes = self._network.config
         self.tokens, self.width = sizes.max_position_embeddings, sizes.hidden_size
         self._tokenizer = _read_tokenizer(find_tokenizer(source), sizes.vocab_size)
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._captions = Captions(lambda part, device: Conditions(self._compute(part)))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Conditions `[len(prompts), tokens, width]`, float32 on the device. What is too long is cut at its end.
-
-        Each distinct prompt is computed once, as long as its result is among the `KEPT` last used. On the CPU it is
-        computed alone, so that it does not depend on the others.
-        """
-        distinct = list(dict.fromkeys(prompts))
-        known = {prompt: self._kept[prompt] for prompt in distinct if prompt in self._kept}
-        unknown = [prompt for prompt in distinct if prompt not in known]
-        size = 1 if self.device.type == "cpu" else BATCH
-        for start in range(0, len(unknown), size):
-            part = unknown[start : start + size]
-            # Clones, since a row of a batch keeps all of it in memory.
-            known.update((prompt, row.clone()) for prompt, row in zip(part, self._compute(part).cpu()))
-        for prompt in distinct:
-            self._kept[prompt] = known[prompt]
-            self._kept.move_to_end(prompt)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return torch.stack([known[prompt] for prompt in prompts]).to(self.device)
+        """Conditions `[len(prompts), tokens, width]`, float32 on the device. What is too long is cut at its end."""
+        return self._captions.encode(prompts, self.device).tokens
 
     @torch.no_grad()
     def _compute(self, prompts: list[str]) -> Tensor:
@@ -105,13 +86,9 @@ class TextEncoder:
         return self._network(input_ids=tokens["input_ids"].to(self.device)).last_hidden_state.float()
 
 
-def _transformers() -> Any:
-    return need("transformers", INSTALL_TRANSFORMERS)
-
-
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: PathLike) -> Any:
     """transformers' text model with these weights, every name and shape checked, in eval mode without gradients."""
-    transformers = _transformers()
+    transformers: Any = need("transformers", INSTALL_TRANSFORMERS)
     with torch.device("meta"):
         network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
     # Releases of transformers differ in whether the published `text_model.` is part of their names, and whether
@@ -155,8 +132,9 @@ def find_tokenizer(source: PathLike | None = None) -> Path:
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    transformers: Any = need("transformers", INSTALL_TRANSFORMERS)
     try:
-        tokenizer = _transformers().CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(
             f"{folder} does not hold a usable tokenizer ({first_line(error)}); expected that of openai/{TOKENIZER}"

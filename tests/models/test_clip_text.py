@@ -97,22 +97,24 @@ def test_each_caption_is_computed_once_and_alone(encoder, monkeypatch):
 def test_elsewhere_captions_are_computed_together(encoder, monkeypatch):
     asked, prompts = [], ["a", "b", "c", "d", "e"]
     torch.testing.assert_close(encoder._compute(prompts), encoder.encode(prompts), atol=1e-5, rtol=1e-5)
-    encoder._kept.clear()
+    encoder._captions._kept.clear()
     encoder.device = torch.device("meta")
-    monkeypatch.setattr(text, "BATCH", 2)
+    monkeypatch.setattr("models.conditions.BATCH", 2)
     monkeypatch.setattr(encoder, "_compute", lambda part: asked.append(part) or torch.zeros(len(part), TOKENS, 32))
     assert encoder.encode(prompts).device == encoder.device
     assert asked == [["a", "b"], ["c", "d"], ["e"]]
 
 
-def test_only_the_last_conditions_are_kept(encoder, monkeypatch):
-    monkeypatch.setattr(text, "KEPT", 2)
+def test_only_the_last_conditions_are_kept(encoder, weights, monkeypatch):
+    monkeypatch.setattr("models.conditions.KEPT", 2 * encoder.encode(["a"]).nbytes)
+    encoder = TextEncoder(weights, "cpu", SIZES)
     encoder.encode(["a", "b"])
     encoder.encode(["a", "c"])  # b was used longest ago
-    assert list(encoder._kept) == ["a", "c"]
-    assert encoder.encode(["a", "b", "c", "d"]).shape == (4, TOKENS, 32) and len(encoder._kept) == 2
-    for row in encoder._kept.values():
-        assert row.untyped_storage().nbytes() == row.nbytes
+    kept = encoder._captions._kept
+    assert list(kept) == ["a", "c"]
+    assert encoder.encode(["a", "b", "c", "d"]).shape == (4, TOKENS, 32) and len(kept) == 2
+    for row in kept.values():
+        assert row.tokens.untyped_storage().nbytes() == row.nbytes
 
 
 @pytest.mark.parametrize("positions", [torch.arange(TOKENS)[None], torch.arange(TOKENS)[None].float(), None])

@@ -113,16 +113,16 @@ def test_encoders_give_what_the_pipeline_gives_alone_or_together():
 
 
 def test_captions_are_encoded_once_and_encoders_can_leave(monkeypatch):
-    text = TextEncoders(open_folder(write("sdxl")))
     computed, compute = [], TextEncoders._compute
     monkeypatch.setattr(TextEncoders, "_compute", lambda self, p, d: computed.extend(p) or compute(self, p, d))
+    text = TextEncoders(open_folder(write("sdxl")))
     cpu = torch.device("cpu")
     assert text.prepare(CAPTIONS * 3, cpu) and computed == ["", *CAPTIONS]
     rows = text.encode([CAPTIONS[1], CAPTIONS[0], CAPTIONS[1]], cpu)
     assert len(computed) == 3 and torch.equal(rows.tokens[0], rows.tokens[2])
-    monkeypatch.setattr("models.diffusers_text.KEPT", 3 * rows.split(1)[0].tokens.nbytes)
+    monkeypatch.setattr("models.conditions.KEPT", 3 * rows.split(1)[0].tokens.nbytes)
     assert not text.prepare(CAPTIONS * 3 + ["a", "b", "c"], cpu)  # too many: they are encoded as they come
-    assert len(text.encode(["a", "b", "c", "d"], cpu)) == 4 and len(text._kept) <= 3
+    assert len(text.encode(["a", "b", "c", "d"], cpu)) == 4 and len(text._captions._kept) <= 3
 
 
 def test_conditions_are_cut_like_tensors():
