@@ -14,7 +14,7 @@ takes three things, made apart from each other:
 The package imports torch and the standard library alone.
 """
 
-from .driver import Callback, Denoiser, analytical_first_step, count_evaluations, solve
+from .driver import Callback, Denoiser, solve
 from .plan import SamplingPlan
 from .schedules import SCHEDULES, NoiseSchedule, get_schedule
 from .steppers import SOLVERS, Solver, get_solver
@@ -27,8 +27,6 @@ __all__ = [
     "NoiseSchedule",
     "SamplingPlan",
     "Solver",
-    "analytical_first_step",
-    "count_evaluations",
     "get_schedule",
     "get_solver",
     "solve",

@@ -17,28 +17,29 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .steppers import History, Solver
 
 #: Noisy x [batch, ...] and noise level (0-d tensor of x's dtype, on x's device) to clean x [batch, ...].
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class Callback(Protocol):
     """What `solve` calls in each step; samplers of k-diffusion tell the same."""
 
-    def __call__(self, *, x: torch.Tensor, i: int, sigma: float, denoised: torch.Tensor) -> object: ...
+    def __call__(self, *, x: Tensor, i: int, sigma: float, denoised: Tensor) -> object: ...
 
 
 def solve(
     solver: Solver,
     denoise: Denoiser,
-    x: torch.Tensor,
-    sigmas: torch.Tensor | Sequence[float],
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
     afs: bool = False,
     every: int = 1,
     callback: Callback | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Integrate dx/dsigma = (x - D(x; sigma)) / sigma along the given noise levels.
 
     Gradients are the caller's business: everything is differentiable, and nothing is switched off here.
@@ -64,7 +65,7 @@ def solve(
     _check(x, sigmas, every)
     times = sigmas.tolist()
 
-    def evaluate(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    def evaluate(x: Tensor, sigma: float) -> Tensor:
         # Filled, not copied: a fill takes its value with the launch, so the host never waits for the device.
         return denoise(x, x.new_full((), sigma)).to(x.dtype)
 
@@ -80,23 +81,13 @@ def solve(
     return torch.stack(states)
 
 
-def analytical_first_step(x: torch.Tensor, sigma: float) -> torch.Tensor:
+def analytical_first_step(x: Tensor, sigma: float) -> Tensor:
     """D = x - sigma x / sqrt(1 + sigma^2), what AFS takes for the denoiser at the highest noise level."""
     level = x.new_full((), sigma)
     return x - level * x / torch.sqrt(1 + level**2)
 
 
-def count_evaluations(solver: Solver, num_steps: int, afs: bool = False) -> int:
-    """Network evaluations per sample (NFE) of a run over num_steps timestamps; guidance may double it.
-
-    Raises ValueError for fewer than 2 timestamps.
-    """
-    if num_steps < 2:
-        raise ValueError(f"num_steps counts timestamps and must be at least 2, got {num_steps}")
-    return solver.evaluations * (num_steps - 1) - int(afs)
-
-
-def _check(x: torch.Tensor, sigmas: torch.Tensor, every: int) -> None:
+def _check(x: Tensor, sigmas: Tensor, every: int) -> None:
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"states must be float32 or float64, got {x.dtype}: convert x before solving")
     if sigmas.ndim != 1 or len(sigmas) < 2:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from .driver import count_evaluations
 from .steppers import Solver
 
 
@@ -31,5 +30,5 @@ class SamplingPlan:
     @property
     def nfe(self) -> int:
         """Network evaluations per image (NFE)."""
-        evaluations = count_evaluations(self.solver, self.num_steps, self.afs) + self.denoise_to_zero
+        evaluations = self.solver.evaluations * (self.num_steps - 1) - self.afs + self.denoise_to_zero
         return evaluations * (1 if self.guidance_rate == 1 else 2)

@@ -65,15 +65,14 @@ def get_schedule(
     """
     _check(schedule_type, num_steps, sigma_min, sigma_max, rho)
     progress = [i / (num_steps - 1) for i in range(num_steps)]
-    match schedule_type:
-        case "polynomial":
-            values = polynomial(progress, sigma_min, sigma_max, rho)
-        case "logsnr":
-            values = logsnr(progress, sigma_min, sigma_max)
-        case "time_uniform":
-            values = time_uniform(progress, sigma_min, sigma_max, rho)
-        case "discrete":
-            values = discrete(progress, sigma_min, sigma_max, rho, noise_schedule)
+    if schedule_type == "polynomial":  # Karras 2022, eq. 5
+        values = _even_in_root(progress, sigma_max, sigma_min, rho)
+    elif schedule_type == "logsnr":
+        values = [sigma_max * math.exp(u * math.log(sigma_min / sigma_max)) for u in progress]
+    elif schedule_type == "time_uniform":
+        values = time_uniform(progress, sigma_min, sigma_max, rho)
+    else:
+        values = discrete(progress, sigma_min, sigma_max, rho, noise_schedule)
     sigmas = torch.tensor([sigma_max, *values[1:-1], sigma_min], dtype=torch.float64, device="cpu")
     if not all(s > t for s, t in itertools.pairwise(sigmas.tolist())):
         raise ValueError(
@@ -81,16 +80,6 @@ def get_schedule(
             "is not strictly decreasing: use fewer timestamps, a wider range or another schedule_type"
         )
     return sigmas
-
-
-def polynomial(progress: Sequence[float], sigma_min: float, sigma_max: float, rho: float) -> list[float]:
-    """Even steps in sigma^(1/rho), Karras 2022, eq. 5."""
-    return _even_in_root(progress, sigma_max, sigma_min, rho)
-
-
-def logsnr(progress: Sequence[float], sigma_min: float, sigma_max: float) -> list[float]:
-    """Even steps in log(sigma), that is, in half the log signal-to-noise ratio."""
-    return [sigma_max * math.exp(u * math.log(sigma_min / sigma_max)) for u in progress]
 
 
 def time_uniform(progress: Sequence[float], sigma_min: float, sigma_max: float, rho: float) -> list[float]:

@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 #: The denoiser as a solver sees it: state and noise level to clean x.
-Evaluate = Callable[[torch.Tensor, float], torch.Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
 
 #: What earlier steps of a run predicted, newest first, each with its noise level.
-History = deque[tuple[float, torch.Tensor]]
+History = deque[tuple[float, Tensor]]
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -54,9 +55,7 @@ class Solver(ABC):
         return 0
 
     @abstractmethod
-    def step(
-        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
-    ) -> torch.Tensor:
+    def step(self, x: Tensor, denoised: Tensor, sigmas: Sequence[float], history: History, evaluate: Denoise) -> Tensor:
         """Advance x from sigmas[0] to sigmas[1].
 
         Args:
@@ -71,7 +70,7 @@ class Solver(ABC):
         """
 
 
-def direction(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+def direction(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
     """dx/dsigma = (x - D) / sigma (Karras 2022, eq. 1 and 3), which is also the noise prediction."""
     return (x - denoised) / sigma
 
@@ -80,9 +79,7 @@ def direction(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Te
 class Euler(Solver):
     """x + (t - s) d(x, s): first order."""
 
-    def step(
-        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
-    ) -> torch.Tensor:
+    def step(self, x: Tensor, denoised: Tensor, sigmas: Sequence[float], history: History, evaluate: Denoise) -> Tensor:
         sigma, sigma_next = sigmas[:2]
         return x + (sigma_next - sigma) * direction(x, denoised, sigma)
 
@@ -98,9 +95,7 @@ class TwoStage(Solver):
     ratio: float
     evaluations: ClassVar[int] = 2
 
-    def step(
-        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
-    ) -> torch.Tensor:
+    def step(self, x: Tensor, denoised: Tensor, sigmas: Sequence[float], history: History, evaluate: Denoise) -> Tensor:
         sigma, sigma_next = sigmas[:2]
         middle = sigma ** (1 - self.ratio) * sigma_next**self.ratio
         first = direction(x, denoised, sigma)
@@ -121,16 +116,14 @@ class Multistep(Solver):
         return self.max_order - 1
 
     @abstractmethod
-    def predict(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+    def predict(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
         """What the method interpolates: data or noise, [batch, ...]."""
 
     @abstractmethod
     def coefficients(self, known: Sequence[float], sigmas: Sequence[float]) -> tuple[float, Sequence[float]]:
         """`keep` and the weights, newest first, given the noise levels of all known predictions, newest first."""
 
-    def step(
-        self, x: torch.Tensor, denoised: torch.Tensor, sigmas: Sequence[float], history: History, evaluate: Evaluate
-    ) -> torch.Tensor:
+    def step(self, x: Tensor, denoised: Tensor, sigmas: Sequence[float], history: History, evaluate: Denoise) -> Tensor:
         newest = (sigmas[0], self.predict(x, denoised, sigmas[0]))
         recent = [newest, *history]
         history.appendleft(newest)
@@ -150,7 +143,7 @@ class IPNDM(Multistep):
     above 2 are reached on even spacing only.
     """
 
-    def predict(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+    def predict(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
         return direction(x, denoised, sigma)
 
     def coefficients(self, known: Sequence[float], sigmas: Sequence[float]) -> tuple[float, Sequence[float]]:
@@ -178,7 +171,7 @@ class DPMPP(Multistep):
     lower_order_final: bool = True
     thresholding: bool = False
 
-    def predict(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+    def predict(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
         if not self.predict_x0:
             return direction(x, denoised, sigma)
         return threshold(denoised) if self.thresholding else denoised
@@ -209,7 +202,7 @@ class DPMPP(Multistep):
         return [phi_1 + newer, -newer - older, older]
 
 
-def threshold(denoised: torch.Tensor) -> torch.Tensor:
+def threshold(denoised: Tensor) -> Tensor:
     """Dynamic thresholding: clip each sample to [-q, q] and divide by q (Imagen, arXiv 2205.11487, sec. 2.3).
 
     q is the 99.5 % quantile of the sample's absolute values (linear between neighbours), at least 1.
@@ -273,14 +266,11 @@ def get_solver(
         predict_x0=predict_x0, lower_order_final=lower_order_final, thresholding=thresholding
     )
     if isinstance(solver, Multistep) and max_order is not None:
-        options["max_order"] = _check_order(name, max_order, solver.max_order)
+        highest = solver.max_order
+        if not isinstance(max_order, int) or not 1 <= max_order <= highest:
+            raise ValueError(
+                f"max_order of {name} must be a whole number from 1 to {highest}, got {max_order!r}: "
+                f"choose one of these, or leave it out for {highest}"
+            )
+        options["max_order"] = max_order
     return replace(solver, **{key: value for key, value in options.items() if hasattr(solver, key)})
-
-
-def _check_order(name: str, max_order: int, highest: int) -> int:
-    if not isinstance(max_order, int) or not 1 <= max_order <= highest:
-        raise ValueError(
-            f"max_order of {name} must be a whole number from 1 to {highest}, got {max_order!r}: "
-            f"choose one of these, or leave it out for {highest}"
-        )
-    return max_order

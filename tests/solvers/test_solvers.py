@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden_files import GOLDEN
 
-from solvers import SOLVERS, Solver, count_evaluations, get_schedule, get_solver, solve
+from solvers import SOLVERS, SamplingPlan, Solver, get_schedule, get_solver, solve
 from solvers.steppers import TwoStage, threshold
 
 FILES = [dict(np.load(GOLDEN / f"{name}.npz")) for name in ("solvers", "solvers_dpmpp")]
@@ -80,7 +80,7 @@ def test_recorded_trajectory_and_nfe(file, key):
     # The recorded values carry float32 rounding of up to 2e-4 themselves.
     np.testing.assert_allclose(states.numpy(), golden[key], rtol=0, atol=3e-4)
     nfe = json.loads(str(golden["meta"]))["nfe"][key]
-    assert nfe == len(denoise.sigmas) == count_evaluations(solver, len(sigmas), afs=afs == "afs1")
+    assert nfe == len(denoise.sigmas) == SamplingPlan(solver, len(sigmas), afs == "afs1").nfe
 
 
 # --- Exact solutions ---------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def run(x=None, sigmas=SIGMAS, every=1):
         (lambda: run(sigmas=[80.0, 1.0, 1.0]), r"strictly decreasing, got \[80.0, 1.0, 1.0\]"),
         (lambda: run(every=4), "every must divide the number of steps, got every=4 for 6 steps"),
         (lambda: run(every=0), "got every=0"),
-        (lambda: count_evaluations(get_solver("euler"), 1), "num_steps .* at least 2, got 1"),
+        (lambda: SamplingPlan(get_solver("euler"), 1), "num_steps .* at least 2, got 1"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(call, message):
