@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnnlib import UserError
 
@@ -53,7 +53,8 @@ class FolderSpace:
                 raise UserError(
                     f"{self.folder.path / 'vae'} overflows in fp16 (force_upcast); leave it out", "decode_precision"
                 )
-            autoencoder = self.decoder().to(latents.device, dtype)
+            # Its own `to` warns of whatever changes its type.
+            autoencoder = nn.Module.to(self.decoder(), latents.device, dtype)
             return torch.cat([autoencoder.decode(part.to(dtype), return_dict=False)[0].float() for part in parts])
 
     def decoder(self) -> Any:

@@ -48,8 +48,8 @@ def to_diffusers(student: OpenedStudent, dest: Path) -> None:
     net, name = student.net, student.model.dataset_name
     if not isinstance(net, CFGPrecond) or not student.model.has_text:
         raise UserError(
-            f"{student.path} is a student of {name}; a pipeline of diffusers is made of students of ms_coco, "
-            "use `program`"
+            f"{student.path} is a student of {name}; a pipeline of diffusers is made of students of ms_coco "
+            "and of folders of diffusers, use `program`"
         )
     row = get_row(name)
     # A file says itself what its network is; the rest is as in the teacher.
