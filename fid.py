@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
+import hashlib
 import importlib.util
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from numpy.typing import ArrayLike
 from dnnlib import UserError, make_folder, one_line_errors
 from dnnlib.options import Group, Whole, precision_option, section
 from models.detectors import Detector
+from models.detectors.clip_score import DEFAULT as CLIP
+from models.detectors.clip_score import ClipScorer, clip_score
 from models.opening import open_sampler, plan_sampler
 from models.paths import find_student
+from models.prompts import read_prompts
 from models.sampling import SamplerOptions
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
@@ -26,25 +28,38 @@ from torch_utils.device import PRECISIONS, pick_device, pick_precision
 from torch_utils.image_writer import refuse_samples
 from torch_utils.metrics.features import FeatureSet, extract
 from torch_utils.metrics.frechet import frechet_distance
+from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.metrics.kernel import kernel_distance
 from training.evaluation import comparison
-from training.evaluation.commands import check, check_outputs, missing_paths, open_extractor, say, show_plan
+from training.evaluation.clip import all_cosines, match_captions
+from training.evaluation.commands import (
+    check,
+    check_outputs,
+    finish,
+    join,
+    missing_paths,
+    open_extractor,
+    say,
+    show_plan,
+)
 from training.evaluation.curve import evaluate, snapshots
-from training.evaluation.extractor import Extractor
-from training.evaluation.figures import INSTALL_MATPLOTLIB, PRDC, draw_by_kimg
+from training.evaluation.figures import INSTALL_MATPLOTLIB, draw_by_kimg
 from training.evaluation.functions import Comparison, Images
 from training.evaluation.records import append_records
-from training.evaluation.results import METRICS, check_metrics, judge, needs, show
-from training.evaluation.sources import REFERENCES, Source, open_images, open_reference, seeded_batches, split_blocks
+from training.evaluation.results import check_metrics, needs
+from training.evaluation.sources import open_images, open_reference, seeded_batches, split_blocks
 from training.options import (
     describe_seeds,
     detector_options,
     figure_option,
     images_option,
     machine_options,
+    metrics_option,
+    parse_ints,
     parse_npz,
     parse_seeds,
     record_options,
+    ref_option,
     sample_options,
     sampler_options,
     seed_blocks,
@@ -52,8 +67,6 @@ from training.options import (
     teacher_option,
 )
 from training.runs import find_run
-
-REF_HELP = "Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
 
 
 def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref: ArrayLike) -> float:
@@ -88,81 +101,18 @@ def compute_kid(images: Images, reference: Images, detector: str | Path | Detect
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Options of several commands
-
-
-def parse_ints(context: click.Context | None, param: click.Parameter, value: str) -> list[int]:
-    """`0` or `0,1,2` → integers without repetition."""
-    parts = [part.strip() for part in value.split(",")]
-    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts) or len(set(parts)) != len(parts):
-        raise UserError(f"--{param.name}={value[:80]!r} does not parse; expected a list such as 0 or 0,1,2")
-    return [int(part) for part in parts]
-
-
-def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",")]
-    if set(names) & {"prdc", *PRDC}:
-        raise UserError(f"--metrics={value!r}: precision, recall, density and coverage are computed by prdc.py calc")
-    if not set(names) <= set(METRICS) or len(set(names)) != len(names):
-        raise UserError(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
-    return names
-
-
-metrics_option = click.option(
-    "--metrics", help="List of " + ", ".join(METRICS), metavar="LIST", default="fid", callback=parse_metrics
-)
-
-# ------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def finish(
-    sets: Sequence[FeatureSet],
-    reference: FeatureSet,
-    source: Source,
-    extractor: Extractor,
-    record: dict[str, Any],
-    opts: dict[str, Any],
-) -> None:
-    """Compute, print and write every metric on rank 0, and leave the process group.
-
-    Args:
-        sets: one for every trial.
-        source: what the reference was read from.
-        record: what else belongs to every record.
-    """
-    detector, count = extractor.detector, sets[0].count
-
-    def work() -> None:
-        facts = {"N": count, **record, "reference_sha256": source.fingerprint(), "reference_N": reference.count}
-        found = []
-        for metric in opts["metrics"]:
-            if metric == "fid" and count is not None and count <= detector.dim:
-                say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
-                    f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
-            result = judge(sets, reference, metric, detector)
-            found.append({**result, **facts, "desc": opts["desc"], **detector.identity()})
-        append_records(opts["out"], found)  # first, for nobody may be there to read the rest
-        for result in found:
-            show(result)
-
-    distributed.on_first_rank(work)
-    distributed.shutdown()
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
 @click.group(cls=Group)
 def main() -> None:
-    """Fréchet and kernel inception distance (FID, KID); `fid.py COMMAND --help` has options and examples."""
+    """FID, KID, inception score, CLIP score; `fid.py COMMAND --help` has options and examples."""
 
 
 @main.command()
 @section("What to compare")
 @images_option
-@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@ref_option
 @click.option("--num", help="Images to use, chosen by --seed; default: all", type=Whole(2, 10**9))
 @click.option("--seed", help="Choice of --num images; several make as many trials", metavar="LIST", default="0",
               callback=parse_ints)  # fmt: skip
@@ -239,7 +189,7 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
 @sample_options
 @solver_options
 @section("What to compare")
-@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@ref_option
 @click.option("--trials", help="Repeat with as many following blocks of seeds", type=Whole(1, 10_000), default=1)
 @section("How")
 @metrics_option
@@ -311,6 +261,8 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @figure_option
 @section("How")
 @detector_options
+@click.option("--recompute", help="Compute all anew, also what ships with this program or stands in metrics.jsonl",
+              is_flag=True)  # fmt: skip
 @section("Machine")
 @precision_option
 @machine_options
@@ -344,7 +296,8 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     reference = extractor.reference(real, keep=True)
     facts = {"seeds": describe_seeds(seeds), "reference": ref, "reference_N": reference.count}
     facts["reference_sha256"] = distributed.on_first_rank(real.fingerprint)
-    results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl")
+    known = () if opts["recompute"] else (place / "metrics.jsonl", comparison.SHIPPED)
+    results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl", known)
 
     def show_all() -> None:
         paths = comparison.write(results, place, opts["figure"] or place / "metrics.png")
@@ -356,11 +309,50 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
 
 
 @main.command()
+@section("What to score")
+@images_option
+@click.option("--captions", help="File of captions as --prompts takes it: number i is of the image of seed i, or the "
+              "i-th of other names", metavar="TXT|CSV", required=True)  # fmt: skip
+@section("How")
+@click.option("--model", help=f"CLIP model: {CLIP}, or a folder of transformers with model.safetensors",
+              metavar="NAME|DIR", default=CLIP)  # fmt: skip
+@section("Record")
+@click.option("--desc", help="Text for the record", metavar="STR")
+@click.option("--out", help="File that gets a JSON line", metavar="JSONL", default="metrics.jsonl")
+@section("Machine")
+@machine_options
+def clip(images: str, captions: str, model: str, desc: str | None, out: str, **opts: Any) -> None:
+    """CLIP score of images and the captions that they were made from; needs transformers.
+
+    \b
+    Examples:
+      python fid.py clip --images=samples/ --captions=captions.txt
+    """
+    if opts["dry_run"]:
+        return show_plan(images=images, captions=captions, model=model, missing=missing_paths(images, captions))
+    source, texts = ImageDataset(images), read_prompts(captions)
+    given = match_captions(source.names, texts)
+    check(source)
+    scorer = ClipScorer(model, join(opts["device"]))
+    value, error = clip_score(all_cosines(source, given, scorer, opts["batch"], opts["workers"]))
+
+    def work() -> None:
+        click.echo(f"CLIP score {value:g} ± {error:g}")
+        digest = hashlib.sha256("\n".join(given).encode()).hexdigest()
+        facts = {"metric": "CLIP score", "value": value, "standard_error": error, "N": len(source), "images": images}
+        facts |= {"captions": captions, "captions_sha256": digest, "model": scorer.name, "model_sha256": scorer.sha256}
+        append_records(out, [{**facts, "desc": desc}])
+
+    distributed.on_first_rank(work)
+    distributed.shutdown()
+
+
+@main.command()
 @click.argument("run", metavar="RUN")
 @section("What to compare")
 @click.option("--seeds", help="Random seeds, one image each, for every snapshot", metavar="LIST", default="0-1999",
               callback=parse_seeds)  # fmt: skip
-@click.option("--ref", help=REF_HELP + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True)
+@ref_option
 @click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=Whole(2, 1000))
 @section("Where to")
 @click.option("--out", help="JSON lines, one for a snapshot; default: metrics.jsonl of the run", type=Path,

@@ -212,6 +212,9 @@ quickstart() {
   take_dry_run "$@"
   say "Quickstart: distil the embedded emoji teacher to 2 network evaluations per image, then compare both"
   prepare requirements-eval.txt
+  say "First the student that ships: 64 images, 2 network evaluations each"
+  run sample.py --model_path=assets/emoji32-student.safetensors --seeds=0-63 --grid=True --outdir="$out/shipped"
+  say "Now one of your own, in an eighth of its training"
   set -- train.py --preset=quickstart --outdir="$out" --nosubdir ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
   run "$@"
   [[ -z $DRY_RUN ]] || estimate "$@"
@@ -220,6 +223,7 @@ quickstart() {
   run fid.py compare --model_path="$out" --seeds=0-1999 --ref=emoji32 --detector=efficientnet-lite0 --outdir="$out"
   [[ -z $DRY_RUN ]] || return 0
   say "Done. Look at:"
+  echo "  $out/shipped/grid.png  64 images of the student that ships with this program"
   echo "  $out/grid.png       64 images of the student, 2 network evaluations each"
   echo "  $out/compare.png    the same seeds by the teacher and by training-free solvers"
   echo "  $out/compare.md     how far each is from the teacher's 35-evaluation image"

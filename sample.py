@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, Whole, device_option, offline_option, precision_option, section
@@ -27,8 +27,8 @@ from torch_utils.image_writer import ImageWriter, refuse_samples
 from torch_utils.images import draw_grid, save_picture, square_rows
 from training.options import cuda_graph_option, dry_run_option, sample_options, sampler_options, solver_options
 
-#: Pixels: height of a line of text in a picture, and the size up to which small images are enlarged.
-LABEL, TILE = 16, 64
+#: Pixels at the usual dots per inch: height of a line of text, its letters, and an image where small ones are enlarged.
+LABEL, LETTERS, TILE, DPI = 16, 10, 64, 96
 
 
 def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, writer: ImageWriter) -> int:
@@ -45,40 +45,40 @@ def write_images(sampler: Sampler, seeds: list[int], class_index: int | None, ba
     return len(missing)
 
 
-def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[str], scale: int) -> Image.Image:
-    """Rows of uint8 images `[N, H, W, C]` with names on their left and above the columns."""
-    tiles = draw_grid(rows, scale=scale)
-    measure = ImageDraw.Draw(tiles).textlength
+def draw_sheet(rows: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[str], dpi: int) -> Image.Image:
+    """Rows of uint8 images `[N, H, W, C]` with names on their left and above the columns.
+
+    Small images are enlarged by a whole number; labels have their size in inches, and are drawn at that resolution.
+    """
+    tiles = draw_grid(rows, scale=max(1, round(TILE * dpi / DPI / rows[0].shape[1])))
+    font = ImageFont.load_default(LETTERS * dpi / DPI)
+    label, edge = (math.ceil(pixels * dpi / DPI) for pixels in (LABEL, 4))
     height, width = tiles.height // len(rows), tiles.width // max(len(row) for row in rows)
-    left, top = 8 + math.ceil(max(map(measure, names))), LABEL if columns else 0
+    left, top = 2 * edge + math.ceil(max(map(font.getlength, names))), label if columns else 0
     sheet = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
     sheet.paste(tiles, (left, top))
     draw = ImageDraw.Draw(sheet)
     for r, name in enumerate(names):
-        draw.text((4, top + r * height + (height - LABEL) // 2), name, fill="black")
+        draw.text((edge, top + (r + 0.5) * height), name, "black", font, anchor="lm")
     for c, name in enumerate(columns):
-        draw.text((left + c * width + max(width - measure(name), 0) // 2, 1), name, fill="black")
+        start = left + c * width + max(width - font.getlength(name), 0) / 2
+        draw.text((start, label / 2), name, "black", font, anchor="lm")
     return sheet
 
 
-def enlarged(images: np.ndarray) -> int:
-    """By how much small images are scaled up to be seen, and to leave room for their labels."""
-    return max(1, TILE // images.shape[1])
-
-
-def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path) -> Path:
+def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path, dpi: int) -> Path:
     """All images in one picture, `grid.png`; rows say which seeds they are of."""
     images = sampler.images(seeds, class_index, batch)
     make_folder(outdir, "outdir")
     rows = square_rows(images)
     parts = [seeds[i : i + len(rows[0])] for i in range(0, len(seeds), len(rows[0]))]
     names = [f"seed {part[0]}" if len(part) == 1 else f"seeds {part[0]} to {part[-1]}" for part in parts]
-    save_picture(draw_sheet(rows, names, [], enlarged(images)), outdir / "grid.png")
+    save_picture(draw_sheet(rows, names, [], dpi), outdir / "grid.png", dpi)
     return outdir / "grid.png"
 
 
 def write_comparison(
-    student: OpenedSampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path
+    student: OpenedSampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path, dpi: int
 ) -> Path:
     """One sheet, `compare.png`: rows are samplers, columns seeds; `compare.md` has distances to the first row."""
     plan = student.sampler.plan
@@ -90,7 +90,7 @@ def write_comparison(
     make_folder(outdir, "outdir")
     labels = [f"{row.label}, NFE {row.sampler.nfe}" for row in rows]
     columns = [f"seed {seed}" for seed in seeds]
-    save_picture(draw_sheet(images, labels, columns, enlarged(images[0])), outdir / "compare.png")
+    save_picture(draw_sheet(images, labels, columns, dpi), outdir / "compare.png", dpi)
     lines = ["| sampler | NFE | RMSE to the first row |", "|---|---|---|"]
     lines += [
         f"| {row.label} | {row.sampler.nfe} | {distance:.4f} |" for row, distance in zip(rows, distances, strict=True)
@@ -111,6 +111,8 @@ def write_comparison(
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
 @click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
               type=bool, default=False)  # fmt: skip
+@click.option("--dpi", help="Dots per inch of a picture, 300 for papers; its size in inches stays, about",
+              type=Whole(DPI, 1200), default=DPI)  # fmt: skip
 @solver_options
 @section("Machine")
 @click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64)
@@ -163,7 +165,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
             raise UserError(f"--outdir={outdir} is an archive; a single picture needs a folder")
         refuse_samples(outdir)
         # One picture is small work: rank 0 does it while the others wait.
-        where = (seeds, class_index, opts["batch"], outdir)
+        where = (seeds, class_index, opts["batch"], outdir, opts["dpi"])
         path = distributed.on_first_rank(
             lambda: write_comparison(opened, *where) if opts["compare"] else write_grid(sampler, *where)
         )

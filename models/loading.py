@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib import UserError, first_line
+from dnnlib import UserError, first_line, sha256_of
 from torch_utils.checkpoint import read_network, read_settings, save_network
 from torch_utils.device import moved_to
 
@@ -345,6 +345,22 @@ def load_student(
     return freeze(model.to(device))
 
 
+def embedded_digest(dataset_name: str | None) -> str | None:
+    """SHA-256 of a teacher that ships with this program, as it is now; None for others."""
+    row = ROWS.get(dataset_name or "")
+    return sha256_of(row.path) if row is not None and row.loader == "embedded" and row.path.exists() else None
+
+
+def teacher_digest(sampling: SamplingSettings) -> str | None:
+    """SHA-256 of the file of a student's teacher; None where it is not there."""
+    if sampling.teacher_path is not None:
+        return sampling.teacher_sha256 or digest_of(sampling.teacher_path)
+    row = ROWS.get(sampling.dataset_name)
+    if row is None or not row.weights_path.exists():
+        return None
+    return row.sha256 or sha256_of(row.weights_path)
+
+
 def with_teacher(sampling: SamplingSettings, path: str | os.PathLike, source: str) -> SamplingSettings:
     """The settings of the student `source`, whose teacher's file is at `path` now.
 
@@ -371,6 +387,11 @@ def load_teacher_of(student: Student, source: str) -> DiffusionModel:
         if not Path(s.teacher_path).exists():
             raise UserError(f"{s.teacher_path}, the teacher of {source}, is not there; say where it is", "teacher_path")
         with_teacher(s, s.teacher_path, source)
+    elif None not in (s.teacher_sha256, now := embedded_digest(s.dataset_name)) and s.teacher_sha256 != now:
+        raise UserError(
+            f"{source} is a student of another {s.dataset_name} than ships with this version; distil it again, or use "
+            "the version that it was distilled with"
+        )
     device, is_guided = next(student.parameters()).device, s.training_guidance_rate != 1
     return load_teacher(s.dataset_name, s.teacher_path, device, s.guide_path, with_guide=is_guided)
 

@@ -50,7 +50,7 @@ class SamplingSettings:
         training_guidance_rate: of its teacher's, 1 for none.
         negative_prompt: what that guidance led away from, None for the empty caption.
         teacher_path: file of the teacher, where it is not a registered one.
-        teacher_sha256: of its contents; None in files of earlier versions.
+        teacher_sha256: of its contents, or of an embedded teacher's; None for others, and in files of earlier versions.
         guide_path: file of the network that guided it, where it is not the teacher's registered one.
     """
 

@@ -16,7 +16,7 @@ from solvers import SamplingPlan
 from torch_utils.graphs import Graphs
 
 from .latent import pick_decode_precision
-from .loading import guidance_of, load_student, load_teacher, load_teacher_of, read_sampling
+from .loading import guidance_of, load_student, load_teacher, load_teacher_of, read_sampling, teacher_digest
 from .model import SamplingSettings, Student
 from .paths import digest_of, find_model, is_teacher_file
 from .prompts import given_prompts, prompts_for
@@ -182,12 +182,12 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     rate = settings.training_guidance_rate if settings.training_guidance_rate != 1 else plan.guidance_rate
     choices = [(BEST, SamplerOptions())]
     choices += [(TRAINING_FREE[name], SamplerOptions(steps + 1, name)) for name, steps in training_free]
-    name = model.sampling.teacher_path or model.dataset_name
+    name, digest = settings.teacher_path or model.dataset_name, teacher_digest(settings)
     # What captions the images have is in the student's identity, for a text-conditioned one.
     shared = {k: student.identity[k] for k in ("prompts", "drawn") if k in student.identity}
     found = []
     for label, chosen in choices:
         options = replace(TeacherOptions.of(chosen), guidance_rate=rate)
-        identity = {"model": f"teacher of {name}", **(asdict(options) | shared)}
+        identity = {"model": f"teacher of {name}", "sha256": digest, **(asdict(options) | shared)}
         found.append(ComparedSampler(label, teacher_sampler(teacher, options, student.sampler.prompts), identity))
     return found

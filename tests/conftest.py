@@ -17,3 +17,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def no_calibration(monkeypatch):
     """A dry run times the machine for five seconds; tests/training/test_cost.py looks at that, the others do without."""
     monkeypatch.setattr("train.estimate", lambda *args: "Time: not measured")
+
+
+@pytest.fixture
+def in_temporary_folder(tmp_path, monkeypatch):
+    """For modules whose tests write where they are: `pytestmark = pytest.mark.usefixtures("in_temporary_folder")`."""
+    monkeypatch.chdir(tmp_path)

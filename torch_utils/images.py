@@ -50,7 +50,7 @@ def square_rows(images: np.ndarray) -> list[np.ndarray]:
     return [images[i : i + columns] for i in range(0, len(images), columns)]
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a PNG, all or nothing."""
+def save_picture(picture: Image.Image, path: str | Path, dpi: int = 96) -> None:
+    """Write a PNG that says how many dots make an inch, all or nothing."""
     with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, "PNG", dpi=(dpi, dpi))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from models.loading import guidance_of, read_sampling
+from models.loading import embedded_digest, guidance_of, read_sampling
 from models.model import UNGUIDABLE, VARIABLE_STEPS, SamplingSettings
 from models.paths import digest_of, find_model, find_student, own_name
 from models.registry import ROWS, get_row, known_names
@@ -58,7 +58,8 @@ class DistillConfig:
     dropout: float | None = None
     precision: str = "fp32"
     seed: int = 0
-    #: Of the file at `model_path`, once it is known: what the run is distilled from, wherever that lies.
+    #: Of the teacher's file, once it is known, if it is the user's or ships with this program: what the run is made
+    #: of, wherever that lies.
     teacher_sha256: str | None = None
 
     @property
@@ -306,7 +307,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     if config.guide is not None:
         config = replace(config, guide=absolute(find_model(config.guide)))
     if config.model_path is None:
-        return config
+        return replace(config, teacher_sha256=embedded_digest(config.dataset_name))
     path = find_model(config.model_path) if source is None else find_student(config.model_path)
     if not path.exists():
         return config  # the loader says what is expected there

@@ -18,7 +18,9 @@ from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
 from torch_utils.graphs import MODES
 
-from .evaluation.figures import check_suffix
+from .evaluation.figures import PRDC, check_suffix
+from .evaluation.results import METRICS
+from .evaluation.sources import REFERENCES
 
 MAX_SEED, MAX_RANGE = 2**32 - 1, 10**7
 
@@ -133,6 +135,30 @@ def parse_npz(context: click.Context, param: click.Parameter, value: str | None)
     return value
 
 
+def parse_ints(context: click.Context | None, param: click.Parameter, value: str) -> list[int]:
+    """`0` or `0,1,2` → integers without repetition."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts) or len(set(parts)) != len(parts):
+        raise UserError(f"--{param.name}={value[:80]!r} does not parse; expected a list such as 0 or 0,1,2")
+    return [int(part) for part in parts]
+
+
+def parse_metrics(context: click.Context | None, param: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",")]
+    if set(names) & {"prdc", *PRDC}:
+        raise UserError(f"--metrics={value!r}: precision, recall, density and coverage are computed by prdc.py calc")
+    if not set(names) <= set(METRICS) or len(set(names)) != len(names):
+        raise UserError(f"--metrics={value!r} is unknown; expected a list of {', '.join(METRICS)}")
+    return names
+
+
+metrics_option = click.option(
+    "--metrics", help="List of " + ", ".join(METRICS), metavar="LIST", default="fid", callback=parse_metrics
+)
+ref_option = click.option(
+    "--ref", help="Reference: .npz of mu and sigma (path or URL), images as for --images, .npz of features, or one of "
+    + ", ".join(REFERENCES), metavar="NPZ|URL|PATH|NAME", required=True
+)  # fmt: skip
 images_option = click.option(
     "--images", help="Folder (searched in depth), zip or npz of images, or .npz of features", metavar="PATH",
     required=True,

@@ -118,10 +118,9 @@ def listing() -> str:
 
 
 def families() -> dict[str, list[Preset]]:
-    """The six presets of each teacher, by its name: NFE 2 to 5, SFD-v, second stage."""
+    """The six presets of each teacher, by what their names begin with: NFE 2 to 5, SFD-v, second stage."""
     presets = read_presets()
-    names = dict.fromkeys(preset.flags["dataset_name"] for preset in presets.values())
-    return {name: [presets[name + kind] for kind in KINDS] for name in names}
+    return {name: [presets[name + kind] for kind in KINDS] for name in presets if f"{name}-v" in presets}
 
 
 def markdown() -> str:

@@ -1,4 +1,4 @@
-"""Students for other programs: `python -m models.export diffusers|program|hub`."""
+"""Students for other programs, and in half the space: `python -m models.export diffusers|program|half|hub`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..diffusers_precond import DiffusersPrecond
 from .card import how_to_sample_program, write_card
 from .diffusers import to_diffusers
 from .folder import to_folder
+from .half import to_half
 from .hub import FILE, check_repo, hub_card, to_hub
 from .program import to_program
 from .student import open_student
@@ -78,6 +79,23 @@ def program(model_path: str, dest: Path, num_steps: int | None) -> None:
     card = dest.with_suffix(".md")
     write_text(card, write_card(student, how_to_sample_program(student, dest.name), "pytorch"))
     click.echo(f"Program: {dest}; differs from our step by {worst:.1g} of the largest value; how to use it: {card}")
+
+
+@main.command()
+@section("What to export")
+@click.option("--model_path", help="Student or teacher of this program: file, run directory or run number",
+              metavar="PATH", required=True)  # fmt: skip
+@click.option("--dest", help="Where to write", metavar="PATH", required=True, type=Path)
+def half(model_path: str, dest: Path) -> None:
+    """The file itself with weights in half precision: half the size, for all that reads such files.
+
+    \b
+    Examples:
+      python -m models.export half --model_path=0 --dest=my-student.safetensors
+    """
+    source = to_half(model_path, dest)
+    megabytes = [path.stat().st_size / 1e6 for path in (dest, source)]
+    click.echo(f"{dest}: {megabytes[0]:.2f} MB, from {source} of {megabytes[1]:.2f} MB")
 
 
 @main.command()

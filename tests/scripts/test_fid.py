@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from evaluating import calc, evaluation, records, run, write_files
 from golden_files import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.metrics.kernel import kernel_distance
 
 GOLDEN = Golden("metrics")
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 def gaussian(dim, n, seed=0, scale=1.0):
@@ -145,36 +147,15 @@ def test_kid_of_one_distribution_is_zero_on_average():
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A detector, two folders of images, one of them also as zip and npz."""
-    root = tmp_path_factory.mktemp("fid")
-    torch.jit.script(Patches()).save(str(root / "patches.pt"))
-    fake = write_images(root / "fake", 60, seed=1)
-    write_images(root / "real", 50, seed=2)
+    """Two folders of images, one of them also as zip and npz."""
+    root = write_files(tmp_path_factory.mktemp("fid"), 60, 50)
     with zipfile.ZipFile(root / "fake.zip", "w") as archive:
-        for path in sorted(fake.glob("*.png")):
+        for path in sorted((root / "fake").glob("*.png")):
             archive.write(path, f"00000/{path.name}")
-    np.savez(root / "fake.npz", arr_0=ImageDataset(fake).load_all().transpose(0, 2, 3, 1))
+    np.savez(root / "fake.npz", arr_0=ImageDataset(root / "fake").load_all().transpose(0, 2, 3, 1))
     return root
-
-
-def run(command: str, files: Path, *more, **changes):
-    common = dict(detector=files / "patches.pt", device="cpu")
-    return invoke("fid", command, *flags(common, changes), "--detector-runs-code", *more)
-
-
-def calc(files: Path, *more, **changes):
-    return run("calc", files, *more, **{"images": files / "fake", "ref": files / "real", **changes})
-
-
-def records(path="metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def expected_fid(files, rows=slice(None)):
@@ -208,7 +189,7 @@ def test_the_record_says_what_was_measured(files):
 
 
 def test_statistics_stand_for_their_images(files):
-    run("ref", files, data=files / "real", dest="deep/real.npz", features="kept.npz").ok()
+    run("fid", "ref", files, data=files / "real", dest="deep/real.npz", features="kept.npz").ok()
     for reference in ("deep/real.npz", "kept.npz", files / "real"):
         calc(files, ref=reference).ok()
     values = [record["value"] for record in records()]
@@ -257,9 +238,8 @@ def test_few_images_bring_a_warning_and_a_number(files):
 
 def test_two_processes_give_the_same_number(files, tmp_path):
     calc(files, metrics="fid,kid").ok()
-    arguments = flags(images=files / "fake.zip", ref=files / "real", detector=files / "patches.pt", device="cpu",
-                      batch=5, workers=1, metrics="fid,kid")  # fmt: skip
-    run_ranks("fid", ["calc", *arguments, "--detector-runs-code"], tmp_path, processes=2).ok()
+    arguments = evaluation(files, images=files / "fake.zip", ref=files / "real", batch=5, workers=1, metrics="fid,kid")
+    run_ranks("fid", ["calc", *arguments], tmp_path, processes=2).ok()
     fid, kid, fid2, kid2 = (record["value"] for record in records())
     assert fid2 == pytest.approx(fid, rel=1e-9) and kid2 == kid
 
@@ -267,15 +247,15 @@ def test_two_processes_give_the_same_number(files, tmp_path):
 def test_a_damaged_image_of_another_rank_is_reported_once(files, tmp_path):
     folder = write_images(tmp_path / "set", 12)
     (folder / "0011.png").write_bytes(b"not an image")
-    arguments = flags(images=folder, ref=files / "real", detector=files / "patches.pt", device="cpu", batch=2)
-    run_ranks("fid", ["calc", *arguments, "--detector-runs-code"], tmp_path, processes=2).refused("0011.png in")
+    arguments = evaluation(files, images=folder, ref=files / "real", batch=2)
+    run_ranks("fid", ["calc", *arguments], tmp_path, processes=2).refused("0011.png in")
 
 
 @pytest.mark.slow
 def test_under_torchrun(files, tmp_path):
     calc(files).ok()
-    arguments = flags(images=files / "fake", ref=files / "real", detector=files / "patches.pt", device="cpu")
-    run_script("fid.py", "calc", *arguments, "--detector-runs-code", cwd=tmp_path, processes=2).ok()
+    arguments = evaluation(files, images=files / "fake", ref=files / "real")
+    run_script("fid.py", "calc", *arguments, cwd=tmp_path, processes=2).ok()
     one, two = (record["value"] for record in records())
     assert two == pytest.approx(one, rel=1e-9)
 
@@ -287,7 +267,7 @@ SAMPLER = dict(solver="euler", num_steps=3, precision="fp32")
 
 
 def gen(files, *more, **changes):
-    return run("gen", files, *more, **{"model_path": teacher(), "ref": files / "real", **SAMPLER, **changes})
+    return run("fid", "gen", files, *more, **{"model_path": teacher(), "ref": files / "real", **SAMPLER, **changes})
 
 
 def test_sampling_and_evaluating_in_one_go_equals_doing_one_after_the_other(files):
@@ -312,9 +292,8 @@ def test_trials_of_gen_take_the_following_seeds(files):
 
 def test_gen_with_two_processes(files, tmp_path):
     gen(files, seeds="0-10").ok()
-    arguments = flags(SAMPLER, model_path=teacher(), ref=files / "real", detector=files / "patches.pt", device="cpu",
-                      seeds="0-10", batch=3)  # fmt: skip
-    run_ranks("fid", ["gen", *arguments, "--detector-runs-code"], tmp_path, processes=2).ok()
+    arguments = evaluation(files, SAMPLER, model_path=teacher(), ref=files / "real", seeds="0-10", batch=3)
+    run_ranks("fid", ["gen", *arguments], tmp_path, processes=2).ok()
     one, two = (record["value"] for record in records())
     assert two == pytest.approx(one, rel=1e-9)
 
@@ -352,12 +331,12 @@ def test_bad_input_is_one_line(files, tmp_path):
         (dict(features="kept.txt"), "ending in .npz"),
     ):
         calc(files, **changes).refused(words)
-    run("ref", files, data=files / "real", dest="stats").refused("stats")
+    run("fid", "ref", files, data=files / "real", dest="stats").refused("stats")
     assert not Path("metrics.jsonl").exists()
 
 
 def test_statistics_of_another_detector_are_refused(files):
-    run("ref", files, data=files / "real", dest="real.npz").ok()
+    run("fid", "ref", files, data=files / "real", dest="real.npz").ok()
 
     class Other(Patches):
         pass
@@ -368,7 +347,7 @@ def test_statistics_of_another_detector_are_refused(files):
 
 def test_references_by_name_and_url_are_fetched(files, monkeypatch):
     download = pytest.importorskip("dnnlib.download")
-    run("ref", files, data=files / "real", dest="real.npz").ok()
+    run("fid", "ref", files, data=files / "real", dest="real.npz").ok()
     asked = []
 
     def fetch(urls, dest, sha256=None, offline=None):

@@ -36,7 +36,7 @@ from models.sampling import TeacherOptions
 from training import bench, dataset_tool, plot, pretrain
 from training.config import DistillConfig
 from training.evaluation.figures import PRDC
-from training.pretrain import PretrainConfig
+from training.pretrainer import PretrainConfig
 
 SCRIPTS = {
     "train.py": train.main, "sample.py": sample.main, "fid.py": fid.main, "prdc.py": prdc.main,
@@ -166,7 +166,7 @@ def test_defaults_are_those_of_the_settings():
     assert compared.pop("ema") == "0.05" and defaults["ema"] == (0.05,)
     (lr,) = (param for param in pretrain.main.params if param.name == "lr")  # by architecture, as its help says
     assert compared.pop("lr") is None and float(re.search(r"default: (\S+),", lr.help)[1]) == defaults["lr"]
-    assert len(compared) == 9 and compared == {name: defaults[names.get(name, name)] for name in compared}
+    assert len(compared) == 11 and compared == {name: defaults[names.get(name, name)] for name in compared}
 
 
 def test_defaults_of_a_teacher_are_in_the_help_of_its_options():
@@ -273,7 +273,8 @@ def test_example_runs_as_printed(name, example, folder, monkeypatch, request):
 
 
 def test_long_commands_have_a_dry_run():
-    short = {"training.plot", "models.export diffusers", "models.export program", "models.prefetch",
+    short = {"training.plot", "models.export diffusers", "models.export program", "models.export half",
+             "models.prefetch",
              "models.registry"}  # fmt: skip
     for name, command in COMMANDS.items():
         assert any(param.name == "dry_run" for param in command.params) == (name not in short), name

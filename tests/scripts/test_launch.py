@@ -193,7 +193,7 @@ def test_quickstart_and_tests_have_a_dry_run(launch):
     assert process.returncode == 0 and len(calls) == 1
     assert calls[0].startswith("1 train.py --preset=quickstart ") and calls[0].endswith("--seed=7 --dry-run")
     said = [line for line in process.stdout.splitlines() if line.startswith("== python ")]
-    assert [line.split()[2] for line in said] == ["train.py", "sample.py", "sample.py", "fid.py"]
+    assert [line.split()[2] for line in said] == ["sample.py", "train.py", "sample.py", "sample.py", "fid.py"]
     assert "--dry-run" not in process.stdout and "Look at" not in process.stdout
     process, calls = launch("test", "--dry-run", "--slow", "-k", "x")
     assert not calls and process.stdout.rstrip().endswith("== python -m pytest -q -k x")
@@ -228,8 +228,18 @@ def wait_for(path, seconds=30):
 def test_quickstart_installs_then_trains_samples_and_names_its_files(launch):
     process, calls = launch("quickstart", LACKS="matplotlib>=3.8")
     assert process.returncode == 0 and calls[0] == "-m pip install --quiet --disable-pip-version-check matplotlib>=3.8"
-    assert [c.split()[0] for c in calls if not c.startswith("-")] == ["train.py", "sample.py", "sample.py", "fid.py"]
-    for name in ("grid.png", "compare.png", "compare.md", "metrics.png", "metrics.md", "stats.jsonl"):
+    scripts = [c.split()[0] for c in calls if not c.startswith("-")]
+    assert scripts == ["sample.py", "train.py", "sample.py", "sample.py", "fid.py"]
+    assert "--model_path=assets/emoji32-student.safetensors" in calls[1]
+    for name in (
+        "shipped/grid.png",
+        "grid.png",
+        "compare.png",
+        "compare.md",
+        "metrics.png",
+        "metrics.md",
+        "stats.jsonl",
+    ):
         assert f"exps/quickstart/{name}" in process.stdout
 
 

@@ -7,18 +7,33 @@ import importlib.util
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from evaluating import evaluation, run, values, write_files
 from PIL import Image
-from tiny import ROOT, TRAIN, flags, invoke, known_as_tiny, run_ranks, same, student, teacher, weights, write_images
+from tiny import (
+    TRAIN,
+    Patches,
+    flags,
+    invoke,
+    known_as_tiny,
+    newest_student,
+    run_ranks,
+    same,
+    student,
+    teacher,
+    weights,
+    write_teacher,
+)  # fmt: skip
 
-from dnnlib import UserError
+from dnnlib import UserError, sha256_of
 from models.detectors import load_detector
+from models.registry import ROWS, DatasetSpec
 from prdc import compute_prdc
+from torch_utils.checkpoint import read_network, save_network
 from torch_utils.metrics.image_set import ImageDataset
 from training.evaluation import comparison
 from training.evaluation import curve as curve_module
@@ -26,36 +41,30 @@ from training.evaluation.figures import PRDC, as_csv, as_latex, as_markdown, dra
 from training.evaluation.records import read_records
 
 NFES = {"teacher, Heun": [35], "Euler": [2, 3, 5], "DPM-Solver++": [2, 3, 5], "student": [2]}
-
-
-class Colours(torch.nn.Module):
-    """Three features: mean colours."""
-
-    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return images.float().mean((2, 3)) / 64
-
-
-@pytest.fixture(autouse=True)
-def in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("comparison")
-    torch.jit.script(Colours()).save(str(root / "colours.pt"))
-    write_images(root / "real", 20, seed=2)
-    return root
+    return write_files(tmp_path_factory.mktemp("comparison"), 0, 20)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """What is sampled from here on, emptied by whoever looks."""
+    labels: list[str] = []
+    real = comparison.extract
+    monkeypatch.setattr(comparison, "extract", lambda *a, **k: labels.append(a[-1]) or real(*a, **k))
+    return labels
 
 
 def arguments(files: Path, **changes) -> list[str]:
-    common = dict(model_path=student(), seeds="0-8", ref=files / "real", detector=files / "colours.pt", outdir="out",
-                  nearest_k=2, precision="fp32", device="cpu")  # fmt: skip
-    return ["compare", *flags(common, changes), "--detector-runs-code"]
+    common = dict(model_path=student(), seeds="0-8", ref=files / "real", outdir="out", nearest_k=2, precision="fp32")
+    return ["compare", *evaluation(files, common, changes)]
 
 
 def records() -> list[dict]:
-    return [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    return read_records("out/metrics.jsonl")
 
 
 def test_every_row_equals_what_the_other_commands_say(files):
@@ -64,18 +73,16 @@ def test_every_row_equals_what_the_other_commands_say(files):
     nfes = {label: [r["nfe"] for r in found if r["label"] == label] for label in NFES}
     assert nfes == NFES and len(found) == 8
 
-    common = dict(detector=files / "colours.pt", device="cpu")
     sampled = dict(seeds="0-8", ref=files / "real", precision="fp32")
-    invoke("fid", "gen", *flags(common, sampled, model_path=student()), "--detector-runs-code").ok()
-    solver = dict(solver="dpmpp", num_steps=4, model_path=teacher())
-    invoke("fid", "gen", *flags(common, sampled, **solver), "--detector-runs-code").ok()
-    by_gen = [json.loads(line)["value"] for line in Path("metrics.jsonl").read_text().splitlines()]
+    run("fid", "gen", files, **sampled, model_path=student()).ok()
+    run("fid", "gen", files, **sampled, solver="dpmpp", num_steps=4, model_path=teacher()).ok()
+    by_gen = values()
     by_label = {(r["label"], r["nfe"]): r for r in found}
     assert [by_label["student", 2]["value"], by_label["DPM-Solver++", 3]["value"]] == by_gen
 
     invoke("sample", *flags(model_path=student(), seeds="0-8", outdir="png", precision="fp32", device="cpu")).ok()
     real, fake = (torch.from_numpy(ImageDataset(place).load_all()) for place in (files / "real", Path("png")))
-    expected = compute_prdc(Colours()(real).numpy(), Colours()(fake).numpy(), nearest_k=2)
+    expected = compute_prdc(Patches()(real).numpy(), Patches()(fake).numpy(), nearest_k=2)
     assert by_label["student", 2]["prdc"] == pytest.approx(expected)
 
 
@@ -89,20 +96,85 @@ def test_the_table_has_a_line_for_every_row_and_the_plot_is_a_picture(files):
         assert picture.size[0] > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_a_second_run_computes_only_what_is_missing(files, monkeypatch):
+def test_a_second_run_computes_only_what_is_missing(files, computed):
     invoke("fid", *arguments(files)).ok()
     path = Path("out/metrics.jsonl")
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:3] + whole[4:]))
-    labels = []
-    real = comparison.extract
-    monkeypatch.setattr(comparison, "extract", lambda *a, **k: labels.append(a[-1]) or real(*a, **k))
+    computed.clear()
     invoke("fid", *arguments(files)).ok()
-    assert labels == ["Euler, NFE 5"]
+    assert computed == ["Euler, NFE 5"]
     values = {(r["label"], r["nfe"]): r["value"] for r in map(json.loads, whole)}
     assert {(r["label"], r["nfe"]): r["value"] for r in records()} == values
     invoke("fid", *arguments(files, seeds="0-9")).ok()
-    assert len(labels) == 9
+    assert len(computed) == 9
+
+
+# --- Rows that ship --------------------------------------------------------------------------------------------------
+
+
+def ship(monkeypatch, **changes) -> None:
+    """All rows but the student's of `out` ship from now on, with these fields of their samplers changed."""
+    rows = [r for r in records() if r["label"] != "student"]
+    for row in rows:
+        row["sampler"] |= {k: v for k, v in changes.items() if k in row["sampler"]}
+        row |= {k: v for k, v in changes.items() if k not in row["sampler"]}
+    Path("shipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(comparison, "SHIPPED", Path("shipped.jsonl"))
+
+
+def test_rows_that_ship_are_used_where_everything_matches(files, monkeypatch, computed):
+    invoke("fid", *arguments(files)).ok()
+    table = Path("out/metrics.md").read_text()
+    ship(monkeypatch)
+    computed.clear()
+    output = invoke("fid", *arguments(files, outdir="two")).ok().output
+    assert computed == ["student, NFE 2"] and Path("two/metrics.md").read_text() == table
+    assert "7 of 8 rows ship with this program" in output
+    assert len(read_records("two/metrics.jsonl")) == 1
+    computed.clear()
+    output = invoke("fid", *arguments(files, outdir="two"), "--recompute").ok().output
+    assert len(computed) == 8 and "ship with" not in output and len(read_records("two/metrics.jsonl")) == 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sha256": "0" * 64}, {"precision": "bf16"}, {"protocol": comparison.PROTOCOL + 1}, {"detector_sha256": "0" * 64},
+     {"reference_sha256": "0" * 64}, {"schedule_rho": 3.0}, {"max_order": 1}, {"denoise_to_zero": None}, {"seeds": "1-9"},
+     {"nearest_k": 3}, {"resize": "other"}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_rows_of_another_teacher_or_other_settings_are_not(changes, files, monkeypatch, computed):
+    invoke("fid", *arguments(files)).ok()
+    ship(monkeypatch, **changes)
+    computed.clear()
+    invoke("fid", *arguments(files, outdir="two")).ok()
+    assert len(computed) == 8
+
+
+def test_a_teacher_that_was_replaced_is_noticed(files, monkeypatch, tmp_path):
+    """A registered one: its students are refused, and those that do not say whose they are do not get its rows."""
+    with known_as_tiny():
+        invoke("train", *flags(TRAIN, dataset_name="tiny", total_kimg=0.008, outdir="run"), "--nosubdir").ok()
+        invoke("fid", *arguments(files, model_path="run")).ok()
+    ship(monkeypatch)
+    path = newest_student(Path("run"))
+    tensors, settings = read_network(path)
+    assert settings["sampling"]["teacher_sha256"] == sha256_of(teacher())
+    other = DatasetSpec("tiny", "embedded", (str(write_teacher(tmp_path / "other.safetensors", seed=5)),), 8)
+    monkeypatch.setitem(ROWS, "tiny", other)
+    invoke("fid", *arguments(files, model_path="run", outdir="two")).refused("is a student of another tiny than ships")
+    invoke("train", *flags(TRAIN, dataset_name="tiny", outdir="run"), "--nosubdir").refused(
+        "other settings .*teacher_sha256"
+    )
+    save_network("old.safetensors", tensors, {**settings, "sampling": {**settings["sampling"], "teacher_sha256": None}})
+    invoke("fid", *arguments(files, model_path="old.safetensors", outdir="two")).ok()
+    values = [
+        {(r["label"], r["nfe"]): r["value"] for r in read_records(f"{place}/metrics.jsonl")} for place in ("out", "two")
+    ]
+    assert len(values[1]) == 8
+    assert values[0].pop(("student", 2)) == values[1].pop(("student", 2))
+    assert all(values[0][key] != values[1][key] for key in values[0])
 
 
 def test_a_variable_student_is_shown_at_every_nfe(files):
@@ -114,7 +186,7 @@ def test_a_variable_student_is_shown_at_every_nfe(files):
 def test_two_processes_give_the_same_numbers(files, tmp_path):
     invoke("fid", *arguments(files, outdir="one")).ok()
     run_ranks("fid", [*arguments(files), "--batch=2"], tmp_path, processes=2).ok()
-    one = [json.loads(line) for line in Path("one/metrics.jsonl").read_text().splitlines()]
+    one = read_records("one/metrics.jsonl")
     assert [r["value"] for r in records()] == pytest.approx([r["value"] for r in one], rel=1e-9)
     assert [r["prdc"] for r in records()] == [pytest.approx(r["prdc"]) for r in one]
 
@@ -156,8 +228,7 @@ def test_a_teacher_is_refused(files):
 
 @pytest.mark.slow
 def test_a_short_run_of_the_preset_beats_training_free_solvers(tmp_path):
-    preset = subprocess.run(["bash", ROOT / "launch.sh", "arguments", "emoji32"], capture_output=True, text=True)
-    invoke("train", *preset.stdout.split(), "--total_kimg=1", "--outdir=run", "--nosubdir", "--device=cpu").ok()
+    invoke("train", "--preset=emoji32", "--total_kimg=1", "--outdir=run", "--nosubdir", "--device=cpu").ok()
     detector = ["--detector=efficientnet-lite0", "--device=cpu"]
     invoke("fid", "compare", "--model_path=run", "--ref=emoji32", "--seeds=0-399", *detector).ok()
     found = {(r["label"], r["nfe"]): r["value"] for r in map(json.loads, open("run/metrics.jsonl", encoding="utf-8"))}
@@ -244,18 +315,17 @@ def run_of_three(tmp_path) -> Path:
 
 
 def curve(files: Path, run="0", **changes):
-    common = dict(seeds="0-8", ref=files / "real", detector=files / "colours.pt", precision="fp32", device="cpu")
-    return invoke("fid", "curve", run, *flags(common, changes), "--detector-runs-code")
+    common = dict(seeds="0-8", ref=files / "real", precision="fp32")
+    return invoke("fid", "curve", run, *evaluation(files, common, changes))
 
 
 def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three, monkeypatch):
     output = curve(files).ok().output
     found = read_records(run_of_three / "metrics.jsonl")
     assert [record["kimg"] for record in found] == [0, 16, 1000000] and len({record["value"] for record in found}) == 1
-    assert "16 kimg: FD(colours.pt) " in output
-    sampled = dict(seeds="0-8", ref=files / "real", precision="fp32", detector=files / "colours.pt", device="cpu")
-    invoke("fid", "gen", *flags(sampled, model_path=student()), "--detector-runs-code").ok()
-    assert read_records("metrics.jsonl")[0]["value"] == found[0]["value"]
+    assert "16 kimg: FD(patches.pt) " in output
+    run("fid", "gen", files, seeds="0-8", ref=files / "real", precision="fp32", model_path=student()).ok()
+    assert values() == [found[0]["value"]]
 
     (run_of_three / "network-snapshot-000016.safetensors").rename(run_of_three / "network-snapshot-000020.safetensors")
     computed = []
@@ -274,11 +344,11 @@ def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three,
 
 def test_a_curve_of_nothing_is_one_line(files, tmp_path):
     (tmp_path / "empty").mkdir()
-    for run, changes, words in (
+    for place, changes, words in (
         ("empty", {}, "empty holds no network-snapshot"), ("7", {}, "run 7 does not exist"),
         ("empty", dict(figure="x.jpg"), "--figure: x.jpg is no figure"),
     ):  # fmt: skip
-        curve(files, run=run, **changes).refused(words)
+        curve(files, run=place, **changes).refused(words)
 
 
 # --- Along a training run --------------------------------------------------------------------------------------------
@@ -292,13 +362,13 @@ def trained(files: Path, outdir: str, *more, **changes):
 
 def test_snapshots_are_evaluated_along_the_way_and_training_does_not_notice(files, monkeypatch):
     """As `fid.py curve` does it afterwards, which then has nothing left to do; the weights are those of a run without."""
-    detector = load_detector(str(files / "colours.pt"), "cpu", runs_code=True)
+    detector = load_detector(str(files / "patches.pt"), "cpu", runs_code=True)
     monkeypatch.setattr(curve_module, "load_detector", lambda *args: detector)
     output = trained(files, "with", eval_every=1, eval_num=9, eval_ref=files / "real").ok().output
     trained(files, "without").ok()
     found = read_records("with/metrics.jsonl")
     assert len(found) >= 4 and all(record["N"] == 9 and record["kimg"] == 0 for record in found)
-    assert f"FD(colours.pt) {found[-1]['value']:g} of 9 images at kimg 0" in output
+    assert f"FD(patches.pt) {found[-1]['value']:g} of 9 images at kimg 0" in output
     assert same(weights(Path("with")), weights(Path("without"))) and not Path("without/metrics.jsonl").exists()
     curve(files, run="with").ok()
     assert read_records("with/metrics.jsonl") == found

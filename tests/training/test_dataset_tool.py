@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,12 +18,9 @@ from PIL import Image
 from tiny import flags, invoke, run_ranks, write_images
 
 from torch_utils.metrics.image_set import ImageDataset
-from training.dataset_tool import center_crop, center_crop_dhariwal, center_crop_wide
+from training.datasets.squares import center_crop, center_crop_dhariwal, center_crop_wide
 
-
-@pytest.fixture(autouse=True)
-def in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 def tool(source, *more, dest="x.zip", **changes):
@@ -221,22 +219,50 @@ def test_damaged_binary_batches_and_archives_are_one_line(tmp_path):
     tool("x.tar.gz").refused("x.tar.gz")
 
 
-def test_lsun_needs_its_package_or_is_read(tmp_path):
-    (tmp_path / "bedroom").mkdir()
-    (tmp_path / "bedroom" / "data.mdb").write_bytes(b"none")
-    try:
-        import lmdb
-    except ImportError:
-        tool("bedroom", resolution=8, transform="center-crop").refused("pip install lmdb")
-        return
-    tool("bedroom", resolution=8, transform="center-crop").refused("not a readable lmdb")
-    with lmdb.open(str(tmp_path / "real")) as store, store.begin(write=True) as transaction:
-        for key in (b"b", b"a"):
+# --- LSUN ------------------------------------------------------------------------------------------------------------
+
+
+def write_lsun(folder: Path, sizes: dict[bytes, tuple[int, int]]) -> Path:
+    """An lmdb folder as LSUN publishes it: encoded photographs by keys that are hashes; the red of each is its key's."""
+    lmdb = pytest.importorskip("lmdb", reason="pip install lmdb")
+    with lmdb.open(str(folder), map_size=1 << 20) as store, store.begin(write=True) as transaction:
+        for key, size in sizes.items():
             file = io.BytesIO()
-            Image.new("RGB", (20, 12), (key[0], 0, 0)).save(file, "WEBP", lossless=True)
+            Image.new("RGB", size, (key[0], 0, 0)).save(file, "WEBP", lossless=True)
             transaction.put(key, file.getvalue())
-    tool("real", resolution=8, transform="center-crop").ok()
-    assert ImageDataset("x.zip").load_all()[:, 0, 0, 0].tolist() == [ord("a"), ord("b")]
+    return folder
+
+
+def test_lsun_is_read_in_the_order_of_its_keys(tmp_path):
+    lsun = write_lsun(tmp_path / "bedroom_train_lmdb", {b"f3a0": (20, 12), b"0c71": (12, 30), b"9b": (256, 256)})
+    before = {path.name: path.read_bytes() for path in lsun.iterdir()}
+    output = tool(lsun, resolution=8, transform="center-crop").ok().output
+    assert "Wrote 3 images, no classes" in output
+    made = ImageDataset("x.zip")
+    assert made.shape == (3, 8, 8) and made.load_all()[:, 0, 4, 4].tolist() == [ord("0"), ord("9"), ord("f")]
+    assert {path.name: path.read_bytes() for path in lsun.iterdir()} == before
+    tool(lsun, dest="two.zip", resolution=8, transform="center-crop", max_images=2).ok()
+    assert len(ImageDataset("two.zip")) == 2
+
+
+def test_what_is_wrong_with_lsun_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "data.mdb").write_bytes(b"none")
+    options = dict(resolution=8, transform="center-crop")
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "lmdb", None)
+        tool("broken", **options).refused("pip install lmdb")
+    lsun = write_lsun(tmp_path / "lsun", {b"a": (8, 8)})
+    tool("broken", **options).refused("broken is not a readable lmdb")
+    import lmdb
+
+    with lmdb.open(str(lsun)) as store, store.begin(write=True) as transaction:
+        transaction.put(b"b", b"no picture")
+    tool("lsun", **options).refused("b'b' is not a readable image")
+    with lmdb.open(str(lsun)) as store, store.begin(write=True) as transaction:
+        transaction.delete(b"a")
+        transaction.delete(b"b")
+    tool("lsun", **options).refused("lsun holds no image")
 
 
 # --- Stopped, repeated, wrong ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluating import calc, prdc, run, values, write_files
 from PIL import Image
 from tiny import Patches, flags, invoke, student, write_images
 
@@ -25,37 +26,12 @@ from training.evaluation.records import append_records, read_records
 from training.evaluation.sources import CHECKSUM, StoredFeatures, StoredStatistics, open_source, rows_checksum
 
 DIM = 6
-
-
-@pytest.fixture(autouse=True)
-def in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("evaluation")
-    torch.jit.script(Patches()).save(str(root / "patches.pt"))
-    write_images(root / "fake", 30, seed=1)
-    write_images(root / "real", 20, seed=2)
-    return root
-
-
-def run(script: str, command: str, files: Path, *more, **changes):
-    common = dict(detector=files / "patches.pt", device="cpu", workers=0)
-    return invoke(script, command, *flags(common, changes), "--detector-runs-code", *more)
-
-
-def calc(files: Path, *more, **changes):
-    return run("fid", "calc", files, *more, **{"images": files / "fake", "ref": files / "real", **changes})
-
-
-def prdc(files: Path, *more, **changes):
-    return run("prdc", "calc", files, *more, **{"images": files / "fake", "images_ref": files / "real", **changes})
-
-
-def values(path="metrics.jsonl") -> list:
-    return [record["value"] for record in read_records(path)]
+    return write_files(tmp_path_factory.mktemp("evaluation"), 30, 20)
 
 
 # --- Pixel formats, in every command ---------------------------------------------------------------------------------
@@ -386,7 +362,9 @@ def test_prdc_takes_what_is_there_and_says_so(files):
 def test_wrong_turns_are_shown_the_way(files):
     for name in ("prdc", "fid,prdc", "precision", "coverage"):
         calc(files, metrics=name).refused(r"computed by prdc\.py calc")
-    result = invoke("fid", f"--images={files / 'fake'}").refused("--images is an option of a command: .*calc --images=")
+    result = invoke("fid", f"--images={files / 'fake'}").refused(
+        "--images is an option of a command: .*calc.* --images="
+    )
     assert result.code == 2
     invoke("prdc", "--images_ref=x").refused("--images_ref is an option of a command: .*calc")
     invoke("fid", "--nonsense").refused("No such option")

@@ -228,13 +228,13 @@ def test_results_that_cannot_be_compared_are_refused():
 # --- Sheets of sample.py ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, count", [(8, 1), (16, 3), (64, 2)])
-def test_a_sheet_has_room_for_its_names_at_any_size(size, count):
+@pytest.mark.parametrize("dpi", [96, 300])
+@pytest.mark.parametrize("size, count", [(8, 1), (16, 3), (64, 2), (500, 1)])
+def test_a_sheet_has_room_for_its_names_at_any_size(size, count, dpi):
     rows = [np.full([count, size, size, 3], shade, np.uint8) for shade in (90, 200)]
     names = ["teacher, DPM-Solver++, NFE 5", "b"]
-    scale = max(1, 64 // size)
-    sheet = np.asarray(draw_sheet(rows, names, ["7", "4294967295", "8"][:count], scale))
-    tile = size * scale
+    sheet = np.asarray(draw_sheet(rows, names, ["7", "4294967295", "8"][:count], dpi))
+    tile = size * max(1, round(64 * dpi / 96 / size))
     left = sheet.shape[1] - count * tile
     top = sheet.shape[0] - 2 * tile
     assert (sheet[top : top + tile, left:] == 90).all() and (sheet[top + tile :, left:] == 200).all()
@@ -250,12 +250,32 @@ def test_a_sheet_has_room_for_its_names_at_any_size(size, count):
 def test_a_grid_says_which_seeds_its_rows_are(monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        sample, "draw_sheet", lambda rows, names, *_: drawn.update(names=names) or draw_sheet(rows, names, [], 1)
+        sample, "draw_sheet", lambda rows, names, *_: drawn.update(names=names) or draw_sheet(rows, names, [], 96)
     )
     sampler = SimpleNamespace(images=lambda *_: np.zeros([5, 16, 16, 3], np.uint8))
-    sample.write_grid(sampler, [3, 4, 5, 9, 12], None, 1, Path("x"))
+    sample.write_grid(sampler, [3, 4, 5, 9, 12], None, 1, Path("x"), 96)
     assert drawn["names"] == ["seeds 3 to 5", "seeds 9 to 12"]
     assert is_picture_of(Path("x/grid.png"), minimum=32)
+
+
+def test_labels_of_a_paper_are_drawn_at_its_resolution():
+    """Three times the dots, in the same inches: letters that are not the small ones enlarged."""
+    images = [np.full([2, 32, 32, 3], 255, np.uint8)]
+    small, large = (draw_sheet(images, ["seeds 0 to 1"], ["seed 0", "seed 1"], dpi) for dpi in (96, 288))
+    assert abs(large.width - 3 * small.width) <= 8 and large.height == 3 * small.height
+    enlarged = small.resize(large.size, Image.Resampling.NEAREST)
+    edges = [np.abs(np.diff(np.asarray(sheet.convert("L")).astype(int), axis=1)).sum() for sheet in (large, enlarged)]
+    assert (np.asarray(large) < 128).sum() > 3 * (np.asarray(small) < 128).sum() and edges[0] != edges[1]
+
+
+def test_a_picture_says_its_dots_per_inch(monkeypatch):
+    sampler = SimpleNamespace(images=lambda *_: np.zeros([4, 16, 16, 3], np.uint8))
+    for dpi in (96, 300):
+        path = sample.write_grid(sampler, [0, 1, 2, 3], None, 1, Path("x"), dpi)
+        with Image.open(path) as picture:
+            assert picture.info["dpi"] == pytest.approx((dpi, dpi), abs=0.1) and picture.height == 2 * 16 * round(
+                dpi / 24
+            )
 
 
 def is_picture_of(path: Path, minimum: int) -> bool:

@@ -8,6 +8,7 @@ import re
 import signal
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from dnnlib import UserError
 from models import load_teacher
 from torch_utils.checkpoint import read_settings, read_state
 from torch_utils.metrics.image_set import ImageDataset
-from training import pretrain as pretraining
-from training.pretrain import WIDEST, PretrainConfig, batch_indices, ema_beta, learning_rate, profile_exponent
+from training import pretrainer
+from training.pretrainer import WIDEST, PretrainConfig, batch_indices, ema_beta, learning_rate, profile_exponent
 from training.runs import lock
 
 PRETRAIN = {
@@ -206,13 +207,13 @@ def test_several_averages_are_kept(tmp_path):
 
 def seen_labels(data, tmp_path, monkeypatch, **changes):
     """The labels that a run's network was given, of all iterations."""
-    seen, plain = [], pretraining.edm_loss
+    seen, plain = [], pretrainer.edm_loss
 
     def loss(net, images, labels, rng):
         seen.append(labels)
         return plain(net, images, labels, rng)
 
-    monkeypatch.setattr(pretraining, "edm_loss", loss)
+    monkeypatch.setattr(pretrainer, "edm_loss", loss)
     pretrain(data, tmp_path / "run", cond=True, mult="1", **changes).ok()
     return torch.cat(seen)
 
@@ -284,7 +285,7 @@ def test_networks_are_written_before_the_state(tmp_path):
     data = write_images(tmp_path / "data", 10)
     pretrain(data, tmp_path / "run", kimg=0.064).ok()
     args = flags(PRETRAIN, {"data": data, "outdir": tmp_path / "killed"}, kimg=0.064)
-    killed = run_ranks("training.pretrain", args, tmp_path, kill=("training.pretrain:save_state", 1))
+    killed = run_ranks("training.pretrain", args, tmp_path, kill=("training.pretrainer:save_state", 1))
     assert killed.code == -signal.SIGKILL, killed.output
     assert (tmp_path / "killed" / "teacher.safetensors").exists() and not (tmp_path / "killed" / "state.pt").exists()
     pretrain(data, tmp_path / "killed", kimg=0.064).ok()
@@ -300,7 +301,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 
 def test_weights_that_are_not_finite_end_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.pretrain.learning_rate", lambda *_: 1e30)
+    monkeypatch.setattr("training.pretrainer.learning_rate", lambda *_: 1e30)
     data = write_images(tmp_path / "data", 10)
     pretrain(data, tmp_path / "run", kimg=0.064).refused(r"loss or weights are not finite .* --lr below")
     assert not (tmp_path / "run" / "teacher.safetensors").exists() and not (tmp_path / "run" / "state.pt").exists()
@@ -311,6 +312,42 @@ def test_every_image_is_seen_once_in_an_epoch():
     seen = torch.cat([batch_indices(config, 10, i) for i in range(10)]).view(4, 10)
     assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in seen)
     assert len({tuple(epoch.tolist()) for epoch in seen}) == 4
+
+
+# --- Images of any size ----------------------------------------------------------------------------------------------
+
+
+def photographs(folder: Path) -> Path:
+    """Grey and coloured, of three sizes."""
+    for index, (size, mode) in enumerate([((20, 12), "RGB"), ((9, 30), "L"), ((16, 16), "RGB")]):
+        write_images(folder / str(index), 3, size=size, mode=mode, seed=index)
+    return folder
+
+
+def test_images_of_any_size_are_cropped_as_the_dataset_tool_does_it(tmp_path):
+    """The same weights from the photographs as from the archive that is made of them."""
+    data, archive = photographs(tmp_path / "data"), tmp_path / "made.zip"
+    invoke("training.dataset_tool", *flags(source=data, dest=archive, resolution=8, transform="center-crop")).ok()
+    pretrain(data, tmp_path / "a", "--center_crop", resolution=8, kimg=0.032).ok()
+    pretrain(archive, tmp_path / "b", kimg=0.032).ok()
+    assert same(weights(tmp_path / "a" / "teacher.safetensors"), weights(tmp_path / "b" / "teacher.safetensors"))
+    pretrain(data, tmp_path / "a", "--center_crop", resolution=8, kimg=0.048).ok()
+    pretrain(archive, tmp_path / "a", kimg=0.048).refused("resolution: 8 there, None here; center_crop: True there")
+
+
+def test_labels_stay_when_images_are_resized(tmp_path):
+    data = labelled(tmp_path / "data", 9, classes=3, size=(16, 16))
+    plan = json.loads(pretrain(data, tmp_path / "run", "-n", resolution=8, cond=True).ok().output)
+    assert (plan["network"]["label_dim"], plan["network"]["img_resolution"], plan["images"]) == (3, 8, 9)
+    pretrain(data, tmp_path / "run", resolution=8, cond=True, kimg=0.016).ok()
+    assert load_teacher(None, tmp_path / "run").label_dim == 3
+
+
+def test_images_that_are_no_squares_need_a_crop(tmp_path):
+    data = photographs(tmp_path / "data")
+    pretrain(data, tmp_path / "run").refused("make them equal with python -m training.dataset_tool")
+    pretrain(data, tmp_path / "run", resolution=8).refused("is 12×20; choose how it becomes a square")
+    pretrain(data, tmp_path / "run", "--center_crop").refused("--resolution: needs the size")
 
 
 # --- Refused ---------------------------------------------------------------------------------------------------------

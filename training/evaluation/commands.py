@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from dnnlib import UserError, make_folder
 from models.detectors import load_detector
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device
+from torch_utils.metrics.features import FeatureSet
 from torch_utils.metrics.image_set import ImageDataset
 
 from .extractor import Extractor
+from .records import append_records
+from .results import judge, show
 from .sources import REFERENCES, Source
+
+
+def join(device: str | None) -> torch.device:
+    """The device of this process, which joins the process group and sets the backends up."""
+    found = pick_device(device, distributed.local_rank())
+    configure_backends()
+    distributed.init(found)
+    return found
 
 
 def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
@@ -26,10 +39,7 @@ def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extract
         features: where to keep features.
     """
     check_outputs(features=features, out=opts.get("out"))
-    device = pick_device(opts["device"], distributed.local_rank())
-    configure_backends()
-    distributed.init(device)
-    detector = load_detector(opts["detector"], device, opts["resize"], opts["detector_runs_code"])
+    detector = load_detector(opts["detector"], join(opts["device"]), opts["resize"], opts["detector_runs_code"])
     return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
 
 
@@ -67,3 +77,37 @@ def show_plan(**plan: Any) -> None:
     """What a command would do, as JSON."""
     if distributed.is_first_process():
         click.echo(json.dumps(plan, indent=2))
+
+
+def finish(
+    sets: Sequence[FeatureSet],
+    reference: FeatureSet,
+    source: Source,
+    extractor: Extractor,
+    record: dict[str, Any],
+    opts: dict[str, Any],
+) -> None:
+    """Compute, print and write every metric on rank 0, and leave the process group.
+
+    Args:
+        sets: one for every trial.
+        source: what the reference was read from.
+        record: what else belongs to every record.
+    """
+    detector, count = extractor.detector, sets[0].count
+
+    def work() -> None:
+        facts = {"N": count, **record, "reference_sha256": source.fingerprint(), "reference_N": reference.count}
+        found = []
+        for metric in opts["metrics"]:
+            if metric == "fid" and count is not None and count <= detector.dim:
+                say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
+                    f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
+            result = judge(sets, reference, metric, detector)
+            found.append({**result, **facts, "desc": opts["desc"], **detector.identity()})
+        append_records(opts["out"], found)  # first, for nobody may be there to read the rest
+        for result in found:
+            show(result)
+
+    distributed.on_first_rank(work)
+    distributed.shutdown()
