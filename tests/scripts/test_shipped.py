@@ -19,8 +19,9 @@ from tiny import ROOT, invoke
 from dnnlib import sha256_of
 from models import load_student
 from models.detectors import LITE
+from models.opening import open_sampler
 from models.registry import ASSETS, ROWS
-from models.sampling import SamplerOptions, open_sampler
+from models.sampling import SamplerOptions
 from torch_utils.checkpoint import read_settings
 from torch_utils.device import PRECISIONS
 from training.evaluation import comparison
