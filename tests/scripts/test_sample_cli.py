@@ -548,7 +548,7 @@ def test_grid(tmp_path):
 def test_labels_of_pictures_are_in_the_font_that_draws_them(tmp_path, monkeypatch):
     """Pillow's own font shows a box for what it does not have, a dash among it."""
     texts = []
-    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, at, text, **more: texts.append(text))
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, at, text, *more, **named: texts.append(text))
     sample(student(), seeds="0-5", outdir="x", grid=True).ok()
     sample(student(), seeds="0-1", outdir="x", compare=True).ok()
     assert texts[:2] == ["seeds 0 to 2", "seeds 3 to 5"] and texts[-2:] == ["seed 0", "seed 1"]
