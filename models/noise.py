@@ -26,7 +26,7 @@ class TableNoise:
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.steps = len(alphas_cumprod)
         self.alphas_cumprod = alphas_cumprod
-        #: Ascending, as a search needs it: from the last time to the first.
+        #: Ascending: from the last time to the first.
         self._log_alphas = self.alphas_cumprod.log().flip(0) / 2
         self._copies: dict[torch.device, Tensor] = {}
 
@@ -55,7 +55,8 @@ class TableNoise:
     def _place(self, sigma: Tensor, log_alphas: Tensor) -> Tensor:
         """Position among the steps, counted from the last one; a fraction."""
         log_alpha = -torch.log1p(sigma.square()) / 2
-        low = (torch.searchsorted(log_alphas, log_alpha) - 1).clamp(0, self.steps - 2)
+        # A search, as a count: the levels below.
+        low = ((log_alphas < log_alpha[:, None]).sum(1) - 1).clamp(0, self.steps - 2)
         first, second = log_alphas[low], log_alphas[low + 1]
         return low + (log_alpha - first) / (second - first)
 

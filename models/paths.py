@@ -30,9 +30,9 @@ def find_model(path: str | os.PathLike | int) -> Path:
         UserError: no such run, or one without either.
     """
     found = find_run(path)
-    snapshots = sorted((found / "snapshots").glob("*/"), key=lambda snapshot: snapshot.stat().st_mtime)
-    if snapshots and (found / "blobs").is_dir():
-        return snapshots[-1]
+    revisions = sorted((found / "snapshots").glob("*/"), key=lambda revision: revision.stat().st_mtime)
+    if revisions and (found / "blobs").is_dir():
+        return revisions[-1]
     own = found / TEACHER_FILE
     return own if own.is_file() else found if is_stable_diffusion(found) else _newest_student(found)
 
@@ -54,13 +54,19 @@ def find_run(path: str | os.PathLike | int) -> Path:
     return runs[0]
 
 
+def snapshots(run_dir: Path) -> dict[int, Path]:
+    """The students of a run directory by kimg, ascending."""
+    found = [(int(m[1]), path) for path in run_dir.iterdir() if (m := SNAPSHOT.fullmatch(path.name))]
+    return dict(sorted(found))
+
+
 def _newest_student(path: Path) -> Path:
     if not path.is_dir():
         return path
-    snapshots = [(int(m[1]), p) for p in path.iterdir() if (m := SNAPSHOT.fullmatch(p.name))]
-    if not snapshots:
+    found = snapshots(path)
+    if not found:
         raise UserError(f"{path} holds no network-snapshot-*.safetensors or .pkl; has it saved one yet?")
-    return max(snapshots)[1]
+    return found[max(found)]
 
 
 def own_name(model_path: str | os.PathLike) -> str:

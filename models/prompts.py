@@ -12,7 +12,7 @@ import torch
 
 from dnnlib import UserError, first_line
 from torch_utils.checkpoint import PathLike
-from torch_utils.random import stacked_randint
+from torch_utils.random import draw_classes
 
 from .model import DiffusionModel
 from .registry import fetch_captions
@@ -68,7 +68,7 @@ class Prompts:
     def choose(self, seeds: Sequence[int], generators: Sequence[torch.Generator]) -> list[str]:
         """The caption of each seed, whose generator has drawn its noise."""
         if self.drawn:
-            return [self.texts[i] for i in stacked_randint(generators, len(self.texts)).tolist()]
+            return [self.texts[i] for i in draw_classes(generators, len(self.texts)).tolist()]
         return [self.texts[seed % len(self.texts)] for seed in seeds]
 
 

@@ -32,11 +32,6 @@ def stacked_randn(generators: Sequence[torch.Generator], shape: Sequence[int]) -
     return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
-def stacked_randint(generators: Sequence[torch.Generator], high: int) -> Tensor:
-    """Integers in `[0, high)`, `[len(generators)]` (int64, CPU), element i from generator i alone."""
-    return torch.cat([torch.randint(high, [1], generator=g) for g in generators])
-
-
 def draw_classes(
     generators: Sequence[torch.Generator], classes: int, frequencies: Sequence[float] | None = None, count: int = 1
 ) -> Tensor:

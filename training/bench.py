@@ -11,8 +11,6 @@ import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import json
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -56,6 +54,7 @@ from .distill import Distiller, Teacher
 from .inputs import fill_randomly, random_inputs
 from .memory import largest_micro_batch
 from .options import cuda_graph_option
+from .report import memory
 
 #: Evaluations of the students that are sampled.
 NFES = (2, 3, 4, 5)
@@ -153,11 +152,8 @@ def network_stages(setup: Setup, config: DistillConfig) -> dict[str, Callable[[]
         distiller._step(1, states, states, conditions, sigmas[1:3], student.sampling)
 
     def make_sampler(nfe: int) -> Sampler:
-        settings, graphs = (
-            replace(student.sampling, num_steps=nfe + 1 + config.afs),
-            Graphs(distiller.teacher.graphs.mode),
-        )
-        return Sampler(student, settings.plan, settings.schedule(student.noise_schedule), graphs=graphs)
+        settings, mode = replace(student.sampling, num_steps=nfe + 1 + config.afs), distiller.teacher.graphs.mode
+        return Sampler(student, settings.plan, settings.schedule(student.noise_schedule), graphs=Graphs(mode))
 
     def sample(sampler: Sampler) -> None:
         student.eval()
@@ -219,12 +215,8 @@ def evaluation_stages(device: torch.device, quick: bool) -> dict[str, tuple[int,
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU since the last call, on the CPU since the start of the program."""
-    if device.type == "cuda":
-        most = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return most
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    found = memory(device)
+    return int(found.get("gpumem", found["cpumem"]) * 2**30)
 
 
 def rounds(repeats: int) -> Iterator[int]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dnnlib import UserError, write_text
+from dnnlib import UserError, first_line, write_text
 
 #: For each package, the module to import and what is used of it.
 MODULES = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
@@ -35,12 +35,10 @@ def need_logger(name: str) -> Any:
         module = importlib.import_module(path)
         getattr(module, attribute)  # a folder `wandb` that a run left somewhere can be imported too
     except Exception as error:  # packages that do not fit together end in any error
-        raise UserError(f"--log={name} needs the {name} package ({_reason(error)}); run: pip install {name}") from None
+        raise UserError(
+            f"--log={name} needs the {name} package ({first_line(error)}); run: pip install {name}"
+        ) from None
     return module
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Backend(Protocol):
@@ -140,7 +138,7 @@ class RunLogger:
         try:
             self._backend: Backend | None = BACKENDS[name](module, run_dir, settings, images)
         except Exception as error:
-            raise UserError(f"--log={name} cannot start ({_reason(error)}); mend it, or leave it out") from None
+            raise UserError(f"--log={name} cannot start ({first_line(error)}); mend it, or leave it out") from None
 
     def scalars(self, stats: Mapping[str, float | None], images: int) -> None:
         """A line of stats.jsonl; what was not finite has no point."""
@@ -161,4 +159,4 @@ class RunLogger:
             action(self._backend)
         except Exception as error:
             self._backend = None
-            self._warn(f"Warning: --log={self._name} has ended ({_reason(error)}); the run goes on without it")
+            self._warn(f"Warning: --log={self._name} has ended ({first_line(error)}); the run goes on without it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +12,7 @@ from typing import Any, TextIO
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.errors import environment_number
 from dnnlib.files import remove_leftovers
-from models.paths import RUNS_DIR
+from models.paths import RUNS_DIR, snapshots
 from models.paths import find_run as path_of_run
 from torch_utils.checkpoint import read_settings, read_state, usable_state
 
@@ -21,7 +20,6 @@ from .config import DistillConfig, check, differences, refuse_changes, with_defa
 from .state import states
 
 OPTIONS, STATS, LOG, LOCK = "training_options.json", "stats.jsonl", "log.txt", ".lock"
-SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
 NUMBERED = "[0-9]" * 5 + "-*"
 
 
@@ -45,8 +43,8 @@ def snapshot_name(images: int) -> str:
 
 def prune_snapshots(run_dir: Path, keep: int | None) -> None:
     """Remove all students of a run but the newest `keep`; None keeps all of them."""
-    found = [(int(m[1]), path) for path in run_dir.iterdir() if (m := SNAPSHOT.fullmatch(path.name))]
-    for _, path in sorted(found)[: 0 if keep is None else -keep]:
+    own = [path for path in snapshots(run_dir).values() if path.suffix == ".safetensors"]
+    for path in own[: 0 if keep is None else -keep]:
         path.unlink(missing_ok=True)
 
 
@@ -85,11 +83,10 @@ def recorded_settings(run_dir: Path) -> dict[str, Any] | None:
     """
     damage: UserError | None = None
     try:
-        saved = read_options(run_dir)
+        if (saved := read_options(run_dir)) is not None:
+            return saved
     except UserError as error:
-        saved, damage = None, error
-    if saved is not None:
-        return saved
+        damage = error
     found = states(run_dir)
     for path in found:
         with contextlib.suppress(UserError), usable_state(path):

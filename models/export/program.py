@@ -19,7 +19,6 @@ from torch_utils.device import plain_operations
 from ..building import row_config
 from ..diffusers_precond import DiffusersPrecond
 from ..guidance import Denoiser, guided
-from ..noise import TableNoise
 from ..registry import get_row
 from .student import OpenedStudent
 
@@ -41,8 +40,6 @@ class StudentStep(nn.Module):
         super().__init__()
         self.has_text, self.guidance_rate = student.model.has_text, student.sampler.plan.guidance_rate
         self.net = student.net
-        if isinstance(student.net.noise_schedule, TableNoise):
-            student.net.noise_schedule = TableTimes(student.net.noise_schedule)  # type: ignore[assignment]  # for `step`
 
     def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *cond: Tensor) -> Tensor:
         conditional: Denoiser = self.net
@@ -53,23 +50,6 @@ class StudentStep(nn.Module):
             conditional = partial(self.net, class_labels=cond[0])
         clean = guided(conditional, unconditional, self.guidance_rate)(x, sigma)
         return x + (sigma_next - sigma) / sigma * (x - clean)
-
-
-class TableTimes(nn.Module):
-    """`TableNoise.step` in operations that ONNX has too: a search becomes a count."""
-
-    log_alphas: Tensor
-
-    def __init__(self, noise: TableNoise) -> None:
-        super().__init__()
-        self.steps = noise.steps
-        self.register_buffer("log_alphas", noise.alphas_cumprod.log().flip(0).float() / 2)
-
-    def step(self, sigma: Tensor) -> Tensor:
-        log_alpha = -torch.log1p(sigma.float().square()) / 2
-        low = ((self.log_alphas[None] < log_alpha[:, None]).sum(1) - 1).clamp(0, self.steps - 2)
-        first, second = self.log_alphas[low], self.log_alphas[low + 1]
-        return self.steps - 1 - (low + (log_alpha - first) / (second - first))
 
 
 def example_inputs(student: OpenedStudent, batch: int) -> tuple[Tensor, ...]:

@@ -67,8 +67,7 @@ class ImageDataset:
         if not self.path.is_dir():
             check_regular(path)
         if self.path.suffix == ".npz" and not self.path.is_dir():
-            self._array = read_image_array(self.path)
-            self.names = [f"image {index}" for index in range(len(self._array))]
+            self._hold(read_image_array(self.path))
             return
         if self.path.is_dir():
             files = sorted(_files_below(self.path))
@@ -83,7 +82,7 @@ class ImageDataset:
             raise UserError(f"{path} holds no image; expected files ending in {', '.join(EXTENSIONS)}")
         self._check_names(files)
         self.labels = self._read_labels() if LABELS in files else None
-        self._others = Counter(s for s in map(_suffix, files) if s in OTHER_IMAGES)
+        self._others = Counter(s for name in files if (s := PurePosixPath(name).suffix.lower()) in OTHER_IMAGES)
 
     @classmethod
     def of_array(cls, images: np.ndarray) -> ImageDataset:
@@ -96,9 +95,12 @@ class ImageDataset:
             raise UserError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, 1 or 3]")
         dataset = cls.__new__(cls)
         dataset.path, dataset.labels, dataset._archive = Path("images in memory"), None, None
-        dataset._array = (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
-        dataset.names = [f"image {index}" for index in range(len(images))]
+        dataset._hold(images)
         return dataset
+
+    def _hold(self, images: np.ndarray) -> None:
+        self._array = (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
+        self.names = [f"image {index}" for index in range(len(images))]
 
     # --------------------------------------------------------------------------------------------------------------
     # What it is
@@ -278,14 +280,13 @@ class ImageDataset:
 
 
 def read_image_array(path: Path) -> np.ndarray:
-    """The images in an `.npz` file as uint8 `[N, C, H, W]`."""
+    """The images in an `.npz` file, uint8 `[N, H, W, C]` or `[N, H, W]`."""
     headers = read_headers(path)
     names = [name for name, header in headers.items() if header.is_images]
     if len(names) != 1 or 0 in headers[names[0]].shape:
         shapes = ", ".join(f"{name} {header}" for name, header in headers.items())
         raise UserError(f"{path} holds {shapes or 'nothing'}; expected one uint8 array [N, H, W, 1 or 3]")
-    images = read_arrays(path, names)[names[0]]
-    return (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2)
+    return read_arrays(path, names)[names[0]]
 
 
 def _files_below(root: Path) -> Iterator[str]:
@@ -328,10 +329,6 @@ def _is_hidden(name: str) -> bool:
     *folders, last = name.replace("\\", "/").split("/")
     starts = any(part.startswith(".") and part not in (".", "..") for part in (*folders, last))
     return starts or any(part.lower() in SYSTEM_FOLDERS for part in folders)
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
 
 
 def _is_label(entry: Any) -> bool:
