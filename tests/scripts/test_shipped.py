@@ -158,5 +158,6 @@ def test_the_command_replaces_all_that_ships(tmp_path):
         sha256_of(copy / "assets" / "emoji32-cond-teacher.safetensors")
     }
     assert read_settings(copy / "assets" / "emoji32-student.safetensors")["training"]["total_kimg"] == 0.016
-    assert "fd: " in re.search(r"^  emoji32: .*", (copy / "training" / "presets.yaml").read_text(), re.M)[0]
+    presets = (copy / "training" / "presets.yaml").read_text()
+    assert "fd: " in re.search(r"^  emoji32: \{use: emoji32 nfe2.*", presets, re.M)[0]
     assert Path(copy / "README.md").read_text(encoding="utf-8") != (ROOT / "README.md").read_text(encoding="utf-8")
