@@ -67,15 +67,12 @@ def with_result(presets: str, fd: float, minutes: float) -> str:
 @click.command()
 @click.option("--teacher", help="Run of training.pretrain, or its file, to ship as the teacher; default: the one that "
               "ships", metavar="PATH", type=click.Path(exists=True))  # fmt: skip
-@click.option("--run", "place", help="Where to train, sample and evaluate", metavar="DIR",
-              default="exps/emoji32-shipped", show_default=True)  # fmt: skip
 @click.option(
     "--seeds", help="Seeds of the evaluation, as the quickstart has them", default="0-1999", show_default=True
 )
 @click.argument("flags", nargs=-1)
-def main(teacher: str | None, place: str, seeds: str, flags: tuple[str, ...]) -> None:
+def main(teacher: str | None, seeds: str, flags: tuple[str, ...]) -> None:
     """Train the student that ships, and replace all that belongs to it; FLAGS after -- go to train.py."""
-    folder = ROOT / place
     if teacher is not None:
         run("-m", "models.export", "half", f"--model_path={Path(teacher).resolve()}", f"--dest={TEACHER}")
     folder = ROOT / "exps" / f"emoji32-{sha256_of(TEACHER)[:8]}"
