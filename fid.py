@@ -330,6 +330,7 @@ def clip(images: str, captions: str, model: str, desc: str | None, out: str, **o
     """
     if opts["dry_run"]:
         return show_plan(images=images, captions=captions, model=model, missing=missing_paths(images, captions))
+    check_outputs(out=out)
     source, texts = ImageDataset(images), read_prompts(captions)
     given = match_captions(source.names, texts)
     check(source)

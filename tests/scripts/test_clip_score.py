@@ -105,6 +105,7 @@ def test_what_cannot_be_scored_is_one_line(files, tmp_path, monkeypatch):
     clip(files, model="nowhere").refused("--model: nowhere holds no model.safetensors")
     clip(files, captions="nowhere.txt").refused("nowhere.txt does not exist")
     clip(files, images="nowhere").refused("nowhere does not exist")
+    clip(files, model="nowhere", out=tmp_path).refused("is no file; choose another name")  # before a model is fetched
     write_images(tmp_path / "named", 2)
     (tmp_path / "named" / "0001.png").rename(tmp_path / "named" / "x.png")
     clip(files, images="named").refused("--captions: there are 4 captions for 2 images")
