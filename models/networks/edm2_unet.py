@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import arrange, attend, to_images, to_tokens
+from .edm_unets import LevelledUNet
 from .group_norm import is_channels_last
 from .layers import Weighted, Weights
 
@@ -122,7 +123,7 @@ class EDM2Block(nn.Module):
 
     Args:
         is_encoder: such a block changes the channels before its residual branch, and normalises each pixel there.
-        resample: `up`, `down` or None.
+        up, down: whether it doubles or halves the resolution first.
         attention: whether self-attention follows.
         channels_per_head, dropout, res_balance, attn_balance, clip_act: see `EDM2UNet`.
     """
@@ -134,7 +135,8 @@ class EDM2Block(nn.Module):
         emb_channels: int,
         *,
         is_encoder: bool,
-        resample: str | None = None,
+        up: bool = False,
+        down: bool = False,
         attention: bool = False,
         channels_per_head: int = 64,
         dropout: float = 0.0,
@@ -145,7 +147,7 @@ class EDM2Block(nn.Module):
         super().__init__()
         if attention and out_channels % channels_per_head:
             raise ValueError(f"{out_channels} channels do not split into heads of {channels_per_head}")
-        self.in_channels, self.is_encoder, self.resample = in_channels, is_encoder, resample
+        self.in_channels, self.is_encoder, self.up, self.down = in_channels, is_encoder, up, down
         self.num_heads = out_channels // channels_per_head if attention else 0
         self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance
         self.clip_act = clip_act
@@ -161,9 +163,9 @@ class EDM2Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """`emb` `[B or 1, emb_channels]` is the output of a SiLU, float32."""
-        if self.resample == "down":
+        if self.down:
             x = F.avg_pool2d(x, 2)
-        if self.resample == "up":
+        if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         if self.is_encoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), [1])
@@ -185,7 +187,7 @@ class EDM2Block(nn.Module):
         return to_images(attend(q, k, v).transpose(1, 2).flatten(2), *qkv.shape[2:])
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(LevelledUNet):
     """The raw network.
 
     Args:
@@ -250,7 +252,7 @@ class EDM2UNet(nn.Module):
             self.step_gain = nn.Parameter(torch.zeros([]))
             self.step_fourier = MPFourier(noise)
             self.step_linear = MPConv(noise, emb)
-        self._block: dict[str, Any] = dict(
+        self._block = dict(
             emb_channels=emb,
             channels_per_head=channels_per_head,
             dropout=dropout,
@@ -258,52 +260,13 @@ class EDM2UNet(nn.Module):
             attn_balance=attn_balance,
             clip_act=clip_act,
         )
-        sizes = [img_resolution >> level for level in range(len(widths))]
-        attends = [size in attn_resolutions for size in sizes]
-        skips = self._build_encoder(img_channels, sizes, widths, num_blocks, attends)
-        self._build_decoder(skips, sizes, widths, num_blocks, attends)
+        # One channel more: ones, which do what biases would.
+        stem = MPConv(img_channels + 1, widths[0], kernel=3)
+        self._build_levels(stem, widths[0], widths, img_resolution, num_blocks, attn_resolutions)
         self.out_conv = MPConv(widths[0], img_channels, kernel=3)
 
-    def _build_encoder(
-        self, img_channels: int, sizes: list[int], widths: list[int], num_blocks: int, attends: list[bool]
-    ) -> list[int]:
-        """Make `enc`; returns the channels of everything that the decoder takes over, in order."""
-        self.enc = nn.ModuleDict()
-        skips: list[int] = []
-        for level, (size, width) in enumerate(zip(sizes, widths)):
-            if level == 0:
-                # One channel more: ones, which do what biases would.
-                self.enc[f"{size}x{size}_conv"] = MPConv(img_channels + 1, width, kernel=3)
-                skips.append(width)
-            else:
-                self.enc[f"{size}x{size}_down"] = EDM2Block(
-                    skips[-1], skips[-1], is_encoder=True, resample="down", **self._block
-                )
-                skips.append(skips[-1])
-            for i in range(num_blocks):
-                name = f"{size}x{size}_block{i}"
-                self.enc[name] = EDM2Block(skips[-1], width, is_encoder=True, attention=attends[level], **self._block)
-                skips.append(width)
-        return skips
-
-    def _build_decoder(
-        self, skips: list[int], sizes: list[int], widths: list[int], num_blocks: int, attends: list[bool]
-    ) -> None:
-        """Make `dec`; every block whose name has `block` takes one of the encoder's `skips`."""
-        self.dec = nn.ModuleDict()
-        channels = skips[-1]
-        for level in reversed(range(len(sizes))):
-            size = f"{sizes[level]}x{sizes[level]}"
-            if level == len(sizes) - 1:
-                self.dec[f"{size}_in0"] = EDM2Block(channels, channels, is_encoder=False, attention=True, **self._block)
-                self.dec[f"{size}_in1"] = EDM2Block(channels, channels, is_encoder=False, **self._block)
-            else:
-                self.dec[f"{size}_up"] = EDM2Block(channels, channels, is_encoder=False, resample="up", **self._block)
-            for i in range(num_blocks + 1):
-                self.dec[f"{size}_block{i}"] = EDM2Block(
-                    channels + skips.pop(), widths[level], is_encoder=False, attention=attends[level], **self._block
-                )
-                channels = widths[level]
+    def _make_block(self, in_channels: int, out_channels: int, is_encoder: bool, **kind: Any) -> EDM2Block:
+        return EDM2Block(in_channels, out_channels, is_encoder=is_encoder, **kind, **self._block)
 
     def forward(
         self,

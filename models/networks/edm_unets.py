@@ -2,7 +2,8 @@
 
 Song et al. 2021 (arXiv 2011.13456), Dhariwal & Nichol 2021 (arXiv 2105.05233), as parameterised by Karras et al. 2022
 (arXiv 2206.00364, appendix F). Constructor arguments, parameter names and shapes are those that EDM pickles record, so
-a published state dict loads strictly. The step-condition branch of SFD-v exists only with `use_step_condition=True`.
+a published state dict loads strictly. EDM2's network has the same levels of other blocks. The step-condition branch of
+SFD-v exists only with `use_step_condition=True`.
 """
 
 import math
@@ -19,67 +20,119 @@ from .initial import kaiming_normal, kaiming_uniform, xavier_uniform, zeros
 from .layers import Conv2d, GroupNorm, Linear, UNetBlock
 
 
-class _UNet(nn.Module):
-    """What both U-Nets share: the levels of encoder and decoder, and the step-condition mapping.
+class LevelledUNet(nn.Module):
+    """A U-Net whose encoder goes down through resolutions that halve, and whose decoder comes up again.
 
-    A subclass sets `_block` (arguments of its residual blocks) and calls `_build_levels`.
+    A subclass says what a block is, and calls `_build_levels`. The decoder's blocks whose names have `block` take over
+    what the encoder made.
     """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     use_step_condition: bool
-    label_dropout: float
+    #: What all residual blocks are built with.
     _block: dict[str, Any]
     #: Whether every decoder block of an attention resolution attends, or the last one only.
-    _attends_throughout: bool
+    _attends_throughout = True
+
+    def _make_block(self, in_channels: int, out_channels: int, is_encoder: bool, **kind: Any) -> nn.Module:
+        """A residual block; `kind` is one of `up`, `down` and `attention`, or nothing."""
+        raise NotImplementedError
 
     def _build_levels(
         self,
-        in_channels: int,
-        stem: int,
+        stem: nn.Module,
+        channels: int,
         widths: Sequence[int],
         img_resolution: int,
         num_blocks: int,
         attn_resolutions: Sequence[int],
-        init: dict[str, Any],
     ) -> int:
-        """Make `enc` and `dec` under the published names; returns the channels of the last block."""
+        """Make `enc`, from the `stem` of so many `channels` on, and `dec`; returns the channels of the last block."""
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        cout, skips = stem, [stem]
+        skips = [channels]
         for level, width in enumerate(widths):
             size = img_resolution >> level
             name = f"{size}x{size}"
             if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, stem, kernel=3, **init)
+                self.enc[f"{name}_conv"] = stem
             else:
-                self.enc[f"{name}_down"] = UNetBlock(cout, cout, down=True, **self._block)
-                self._add_encoder_aux(name, cout)
-                skips.append(cout)
+                self.enc[f"{name}_down"] = self._make_block(channels, channels, True, down=True)
+                self._add_encoder_aux(name, channels)
+                skips.append(channels)
             for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(cout, width, attention=size in attn_resolutions, **self._block)
-                cout = width
-                skips.append(cout)
+                block = self._make_block(channels, width, True, attention=size in attn_resolutions)
+                self.enc[f"{name}_block{i}"] = block
+                channels = width
+                skips.append(channels)
         for level in range(len(widths) - 1, -1, -1):
             size = img_resolution >> level
             name = f"{size}x{size}"
             if level == len(widths) - 1:
-                self.dec[f"{name}_in0"] = UNetBlock(cout, cout, attention=True, **self._block)
-                self.dec[f"{name}_in1"] = UNetBlock(cout, cout, **self._block)
+                self.dec[f"{name}_in0"] = self._make_block(channels, channels, False, attention=True)
+                self.dec[f"{name}_in1"] = self._make_block(channels, channels, False)
             else:
-                self.dec[f"{name}_up"] = UNetBlock(cout, cout, up=True, **self._block)
+                self.dec[f"{name}_up"] = self._make_block(channels, channels, False, up=True)
             for i in range(num_blocks + 1):
                 attention = size in attn_resolutions and (self._attends_throughout or i == num_blocks)
-                block = UNetBlock(cout + skips.pop(), widths[level], attention=attention, **self._block)
+                block = self._make_block(channels + skips.pop(), widths[level], False, attention=attention)
                 self.dec[f"{name}_block{i}"] = block
-                cout = widths[level]
-            self._add_decoder_aux(name, is_first=level == len(widths) - 1, is_last=level == 0, channels=cout)
-        return cout
+                channels = widths[level]
+            self._add_decoder_aux(name, is_first=level == len(widths) - 1, is_last=level == 0, channels=channels)
+        return channels
 
     def _add_encoder_aux(self, name: str, channels: int) -> None:
         """Layers beside the encoder at a lower resolution, for a subclass that has them."""
 
     def _add_decoder_aux(self, name: str, is_first: bool, is_last: bool, channels: int) -> None:
         """Layers beside the decoder at the end of a resolution, for a subclass that has them."""
+
+
+class _UNet(LevelledUNet):
+    """What both U-Nets share: the way through the levels, and the step-condition mapping."""
+
+    label_dropout: float
+
+    def _make_block(self, in_channels: int, out_channels: int, is_encoder: bool, **kind: Any) -> UNetBlock:
+        return UNetBlock(in_channels, out_channels, **kind, **self._block)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        step_condition: Tensor | None = None,
+    ) -> Tensor:
+        """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
+        x = arrange(x)
+        emb = self._embed(noise_labels, class_labels, augment_labels).expand(x.shape[0], -1)
+        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
+        x, skips = self._encode(x, emb, step_emb)
+        return self._decode(x, skips, emb, step_emb)
+
+    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """`[1 or B, emb_channels]` of everything but the step condition."""
+        raise NotImplementedError
+
+    def _encode(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The last features, and those that the decoder takes over."""
+        skips: list[Tensor] = []
+        aux = x
+        for name, block in self.enc.items():
+            if "aux_down" in name:
+                aux = block(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + block(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
+            else:
+                x = block(x, emb, step_emb) if isinstance(block, UNetBlock) else block(x)
+                skips.append(x)
+        return x, skips
+
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
     def _build_step_mapping(self, embedding: nn.Module, channels: int, init: dict[str, Any]) -> None:
         self.map_step = embedding
@@ -120,6 +173,8 @@ class SongUNet(_UNet):
         use_step_condition: add the branch that embeds `step_condition`.
     """
 
+    _attends_throughout = False
+
     def __init__(
         self,
         img_resolution: int,
@@ -152,7 +207,6 @@ class SongUNet(_UNet):
         self._encoder_type, self._decoder_type = encoder_type, decoder_type
         self._aux_channels, self._out_channels = in_channels, out_channels
         self._taps = resample_filter
-        self._attends_throughout = False
         self._block = dict(
             emb_channels=emb_channels,
             num_heads=1,
@@ -181,9 +235,8 @@ class SongUNet(_UNet):
         if use_step_condition:
             self._build_step_mapping(embedding(), noise_channels, dict(init=init))
         widths = [model_channels * m for m in channel_mult]
-        self._build_levels(
-            in_channels, model_channels, widths, img_resolution, num_blocks, attn_resolutions, dict(init=init)
-        )
+        stem = Conv2d(in_channels, model_channels, kernel=3, init=init)
+        self._build_levels(stem, model_channels, widths, img_resolution, num_blocks, attn_resolutions)
 
     def _add_encoder_aux(self, name: str, channels: int) -> None:
         caux, init = self._aux_channels, self._block["init"]
@@ -204,41 +257,13 @@ class SongUNet(_UNet):
             self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
             self.dec[f"{name}_aux_conv"] = Conv2d(channels, out, kernel=3, init=self._block["init_last"])
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        step_condition: Tensor | None = None,
-    ) -> Tensor:
-        """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
-        x = arrange(x)
+    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels) * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        emb = F.silu(self.map_layer0(emb))
-        emb = F.silu(self.map_layer1(emb)).expand(x.shape[0], -1)
-        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
-        x, skips = self._encode(x, emb, step_emb)
-        return self._decode(x, skips, emb, step_emb)
-
-    def _encode(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        skips: list[Tensor] = []
-        aux = x
-        for name, block in self.enc.items():
-            if "aux_down" in name:
-                aux = block(aux)
-            elif "aux_skip" in name:
-                x = skips[-1] = x + block(aux)
-            elif "aux_residual" in name:
-                x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
-            else:
-                x = block(x, emb, step_emb) if isinstance(block, UNetBlock) else block(x)
-                skips.append(x)
-        return x, skips
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None) -> Tensor:
         image: Any = None  # images from the first aux_conv on
@@ -280,7 +305,6 @@ class DhariwalUNet(_UNet):
         emb_channels = model_channels * channel_mult_emb
         third = kaiming_uniform(math.sqrt(1 / 3))
         own: dict[str, Any] = dict(init=third, init_bias=third)
-        self._attends_throughout = True
         self._block = dict(
             emb_channels=emb_channels, dropout=dropout, use_step_condition=use_step_condition, init_last=zeros, **own
         )
@@ -293,33 +317,21 @@ class DhariwalUNet(_UNet):
         if use_step_condition:
             self._build_step_mapping(PositionalEmbedding(model_channels), model_channels, own)
         widths = [model_channels * m for m in channel_mult]
-        cout = self._build_levels(in_channels, widths[0], widths, img_resolution, num_blocks, attn_resolutions, own)
+        stem = Conv2d(in_channels, widths[0], kernel=3, **own)
+        cout = self._build_levels(stem, widths[0], widths, img_resolution, num_blocks, attn_resolutions)
         self.out_norm = GroupNorm(cout)
         self.out_conv = Conv2d(cout, out_channels, kernel=3, init=zeros)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        step_condition: Tensor | None = None,
-    ) -> Tensor:
-        """Raw network output F for `x` `[B, C, H, W]` and `noise_labels` `[1]` or `[B]`."""
-        x = arrange(x)
+    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._label_input(class_labels))
-        emb = F.silu(emb).expand(x.shape[0], -1)
-        step_emb = None if step_condition is None else self.embed_steps(step_condition, x.shape[0])
+        return F.silu(emb)
 
-        skips: list[Tensor] = []
-        for block in self.enc.values():
-            x = block(x, emb, step_emb) if isinstance(block, UNetBlock) else block(x)
-            skips.append(x)
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None) -> Tensor:
         for block in self.dec.values():
             if x.shape[1] != block.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
