@@ -40,10 +40,14 @@ Scalings = tuple[Tensor, Tensor, Tensor, Tensor]
 class Precond(nn.Module):
     """What the denoisers have in common: float32 input, output and preconditioning around a core of `compute_dtype`.
 
-    Attributes:
-        img_resolution, img_channels: size and channels of the states.
+    Args:
+        img_resolution, img_channels: size and channels of the states: images, or latents.
         label_dim: number of classes, 0 for an unconditional model.
-        class_frequencies: part of the data that each class had in training, None where that is not known.
+        use_fp16: as files record it: run the core in float16 where the input is on CUDA.
+        Subclasses take as well: sigma_data, the expected standard deviation of the data; class_frequencies, the part of
+        the data that each class had in training, where that is known; and whatever the raw network takes.
+
+    Attributes:
         context_dim: width of the text condition, None for a model without.
         noise_schedule: the model's own, for the schedule `discrete`; None for a model of continuous noise levels.
         compute_dtype: None, or a torch dtype that overrides `use_fp16` on every device.
@@ -191,7 +195,7 @@ class Scaled(Precond):
 
 
 class NoisePredictor(Precond):
-    """A denoiser of a noise predictor: D = x − σ ε(x / √(1 + σ²); t(σ))."""
+    """A denoiser of a noise predictor: D = x − σ ε(x / √(1 + σ²); t(σ)), at the noise levels of a `DiscreteNoise`."""
 
     noise_schedule: DiscreteNoise
 
@@ -200,16 +204,10 @@ class NoisePredictor(Precond):
 
 
 class EDMPrecond(Scaled):
-    """Denoiser of an EDM network.
+    """Denoiser of an EDM network, which was trained on noise levels from `sigma_min` to `sigma_max`.
 
     Args:
-        img_resolution, img_channels: image size and channels.
-        label_dim: number of classes, 0 for an unconditional model.
-        class_frequencies: part of the data that each class had in training, where that is known.
-        use_fp16: recorded by EDM pickles: run the core in float16 where the input is on CUDA.
-        sigma_min, sigma_max: range of noise levels that the network was trained on.
-        sigma_data: expected standard deviation of the data.
-        model_type: `SongUNet` or `DhariwalUNet`; the remaining arguments are passed to it.
+        model_type: `SongUNet` or `DhariwalUNet`, which takes the remaining arguments.
     """
 
     model: SongUNet | DhariwalUNet
@@ -243,12 +241,7 @@ class EDM2Precond(Scaled):
     """Denoiser of an EDM2 network (Karras et al. 2024, arXiv 2312.02696), in pixel space or on latents.
 
     Args:
-        img_resolution, img_channels: size and channels of the states.
-        label_dim: number of classes, 0 for an unconditional model.
-        use_fp16: run the core in float16 where the input is on CUDA.
-        sigma_data: expected standard deviation of the data.
         logvar_channels: width of the embedding that the uncertainty is computed from.
-        class_frequencies: part of the data that each class had in training, where that is known.
         The remaining arguments are those of `EDM2UNet`.
     """
 
@@ -288,15 +281,7 @@ class EDM2Precond(Scaled):
 
 
 class ConsistencyPrecond(Scaled):
-    """Denoiser of the diffusion teachers of consistency-models (Song et al. 2023, arXiv 2303.01469).
-
-    Args:
-        img_resolution, img_channels: image size and channels.
-        label_dim: number of classes, 0 for an unconditional model.
-        sigma_data: expected standard deviation of the data.
-        use_fp16: run the core in float16 where the input is on CUDA.
-        The remaining arguments are those of `GuidedUNet`.
-    """
+    """Denoiser of the teachers of consistency-models (Song et al. 2023, arXiv 2303.01469) around a `GuidedUNet`."""
 
     noise_factor = 250.0
 
@@ -316,14 +301,7 @@ class ConsistencyPrecond(Scaled):
 
 
 class CFGPrecond(NoisePredictor):
-    """Denoiser of a noise predictor in a latent space.
-
-    Args:
-        img_resolution, img_channels: size and channels of the latents.
-        linear_start, linear_end, timesteps: see `DiscreteNoise`.
-        use_fp16: run the core in float16 where the input is on CUDA.
-        The remaining arguments are those of `GuidedUNet`; with `context_dim` it takes a text condition.
-    """
+    """Denoiser of a noise predictor in a latent space, a `GuidedUNet`; with `context_dim` it takes a text condition."""
 
     def __init__(
         self,
@@ -347,12 +325,8 @@ class ADMPrecond(NoisePredictor):
     """Denoiser of a noise predictor of guided-diffusion (Dhariwal & Nichol 2021, arXiv 2105.05233), on pixels.
 
     Args:
-        img_resolution, img_channels: image size and channels.
-        label_dim: number of classes, 0 for an unconditional model.
-        linear_start, linear_end, timesteps: see `DiscreteNoise`; here β itself is even.
         learn_sigma: the network says as many channels again, of the variance of ancestral steps; an ODE has no use
             for them.
-        use_fp16: run the core in float16 where the input is on CUDA.
         The remaining arguments are those of `GuidedUNet`.
     """
 
