@@ -5,7 +5,6 @@ from __future__ import annotations
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import hashlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch_utils import distributed
 from torch_utils.arrays import write_arrays
 from torch_utils.device import PRECISIONS, pick_device, pick_precision
 from torch_utils.image_writer import refuse_samples
-from torch_utils.metrics.features import FeatureSet, extract
+from torch_utils.metrics.features import FeatureSet
 from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.metrics.kernel import kernel_distance
@@ -35,6 +34,7 @@ from training.evaluation.clip import all_cosines, match_captions
 from training.evaluation.commands import (
     check,
     check_outputs,
+    describe_reference,
     finish,
     join,
     missing_paths,
@@ -43,11 +43,11 @@ from training.evaluation.commands import (
     show_plan,
 )
 from training.evaluation.curve import evaluate, snapshots
-from training.evaluation.figures import INSTALL_MATPLOTLIB, draw_by_kimg
+from training.evaluation.figures import can_draw, draw_by_kimg
 from training.evaluation.functions import Comparison, Images
 from training.evaluation.records import append_records
 from training.evaluation.results import check_metrics, needs
-from training.evaluation.sources import open_images, open_reference, seeded_batches, split_blocks
+from training.evaluation.sources import open_images, open_reference, split_blocks
 from training.options import (
     describe_seeds,
     detector_options,
@@ -145,11 +145,9 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
         return show_plan(**plan | {"found": len(source), "num": len(blocks[0])})
     extractor = open_extractor(opts, opts["features"])
     check_metrics(opts["metrics"], extractor.detector)
-    real = open_ref()
-    check(real)
-    reference = extractor.reference(real, keep_ref, moments)
+    reference = describe_reference(ref, open_ref, extractor, keep_ref, moments)
     sets = extractor.describe(source, blocks, keep, moments)
-    finish(sets, reference, real, extractor, dict(images=images, seed=seed, reference=ref), opts)
+    finish(sets, reference, extractor, dict(images=images, seed=seed), opts)
 
 
 @main.command()
@@ -226,14 +224,11 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     opened.sampler.model.check_class(class_index)
     extractor = open_extractor(opts, opts["features"])
     check_metrics(opts["metrics"], extractor.detector)
-    real = open_ref()
-    check(real)
-    reference = extractor.reference(real, keep_ref, moments)
+    reference = describe_reference(ref, open_ref, extractor, keep_ref, moments)
     identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
 
     def compute(block: list[int], keep: bool, moments: bool) -> FeatureSet:
-        images = seeded_batches(opened.sampler, block, class_index, opts["batch"])
-        return extract(images, extractor.detector, len(block), keep, moments, opened.name)
+        return extractor.sampled(opened.sampler, block, class_index, keep, moments, opened.name)
 
     if extractor.cache is None:
         sets = [compute(block, keep, moments) for block in blocks]
@@ -241,8 +236,8 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
         made_of = {"sampler": identity, "seeds": describe_seeds(seeds)}
         features = extractor.cached(extractor.cache, made_of, lambda: compute(seeds, True, False))
         sets = [FeatureSet.from_features(features, moments)]
-    record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds), reference=ref)
-    finish(sets, reference, real, extractor, record, opts)
+    record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds))
+    finish(sets, reference, extractor, record, opts)
 
 
 @main.command()
@@ -291,13 +286,9 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision], teacher_path)
     rows = comparison.samplers(student, precision)
     extractor = open_extractor(opts)
-    real = open_ref()
-    check(real)
-    reference = extractor.reference(real, keep=True)
-    facts = {"seeds": describe_seeds(seeds), "reference": ref, "reference_N": reference.count}
-    facts["reference_sha256"] = distributed.on_first_rank(real.fingerprint)
+    reference = describe_reference(ref, open_ref, extractor, keep=True)
     known = () if opts["recompute"] else (place / "metrics.jsonl", comparison.SHIPPED)
-    results = comparison.compare(rows, seeds, reference, nearest_k, extractor, facts, place / "metrics.jsonl", known)
+    results = comparison.compare(rows, seeds, reference, nearest_k, extractor, place / "metrics.jsonl", known)
 
     def show_all() -> None:
         paths = comparison.write(results, place, opts["figure"] or place / "metrics.png")
@@ -332,14 +323,14 @@ def clip(images: str, captions: str, model: str, desc: str | None, out: str, **o
         return show_plan(images=images, captions=captions, model=model, missing=missing_paths(images, captions))
     check_outputs(out=out)
     source, texts = ImageDataset(images), read_prompts(captions)
-    given = match_captions(source.names, texts)
+    matched = match_captions(source.names, texts)
     check(source)
     scorer = ClipScorer(model, join(opts["device"]))
-    value, error = clip_score(all_cosines(source, given, scorer, opts["batch"], opts["workers"]))
+    value, error = clip_score(all_cosines(source, matched, scorer, opts["batch"], opts["workers"]))
 
     def work() -> None:
         click.echo(f"CLIP score {value:g} ± {error:g}")
-        digest = hashlib.sha256("\n".join(given).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(matched).encode()).hexdigest()
         facts = {"metric": "CLIP score", "value": value, "standard_error": error, "N": len(source), "images": images}
         facts |= {"captions": captions, "captions_sha256": digest, "model": scorer.name, "model_sha256": scorer.sha256}
         append_records(out, [{**facts, "desc": desc}])
@@ -384,19 +375,14 @@ def curve(run: str, seeds: list[int], ref: str, num_steps: int | None, **opts: A
                          missing=missing_paths(ref))  # fmt: skip
     open_ref = open_reference(ref, statistics=True)
     extractor = open_extractor(opts)
-    real = open_ref()
-    check(real)
-    reference = extractor.reference(real, keep=False)
-    facts: dict[str, Any] = {"seeds": describe_seeds(seeds), "precision_of_samples": precision, "reference": ref}
-    facts |= {"reference_N": reference.count, "reference_sha256": distributed.on_first_rank(real.fingerprint)}
-    options, dtype = SamplerOptions(num_steps=num_steps), PRECISIONS[precision]
-    results = evaluate(paths, options, seeds, reference, extractor, dtype, facts, out)
+    reference = describe_reference(ref, open_ref, extractor, keep=False)
+    results = evaluate(paths, SamplerOptions(num_steps=num_steps), seeds, reference, extractor, precision, out)
 
     def show_all() -> None:
         for result in results:
             click.echo(f"{result['kimg']} kimg: {result['metric']} {result['value']:g}")
-        if importlib.util.find_spec("matplotlib") is None:
-            return say(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB}, and repeat the command")
+        if not can_draw():
+            return
         figure = opts["figure"] or place / "fd-kimg.png"
         draw_by_kimg([{**result, "series": place.name} for result in results], figure)
         click.echo(f"Plot: {figure}")

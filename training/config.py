@@ -276,12 +276,12 @@ def check(config: DistillConfig) -> None:
 def check_guidance(config: DistillConfig) -> None:
     """Refuse guidance that does nothing, and one for a registered model that has nothing to be guided by."""
     name, row = config.dataset_name, ROWS.get(config.dataset_name)
-    given = config.guidance_rate is not None
     if config.guidance_type == "cfg" and not config.has_text:
         raise UserError(f"--guidance_type=cfg needs a text-conditioned teacher (ms_coco); {name} has no text")
     if config.guidance_type == "uncond" and config.guidance_rate not in (None, 1):
         raise UserError(f"--guidance_rate={config.guidance_rate:g} does nothing with --guidance_type=uncond")
-    if config.guidance_type == "teacher" and not given and config.training_rate == 1 and not config.is_second_stage:
+    has_rate = config.guidance_rate is not None or config.training_rate != 1
+    if config.guidance_type == "teacher" and not has_rate and not config.is_second_stage:
         raise UserError("--guidance_type=teacher needs --guidance_rate, for the teacher has no rate of its own")
     unguidable = row is not None and not (row.text or row.label_dim or config.guide or config.model_path)
     if config.training_rate != 1 and unguidable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ def parse_seeds(context: click.Context | None, param: click.Parameter | None, va
     return list(seeds)
 
 
-def describe_seeds(seeds: list[int]) -> str:
+def describe_seeds(seeds: Sequence[int]) -> str:
     """`0-4999`, or the whole list where it has gaps."""
-    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds))
 

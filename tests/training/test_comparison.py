@@ -37,6 +37,8 @@ from torch_utils.checkpoint import read_network, save_network
 from torch_utils.metrics.image_set import ImageDataset
 from training.evaluation import comparison
 from training.evaluation import curve as curve_module
+from training.evaluation import figures as figures_module
+from training.evaluation.extractor import Extractor
 from training.evaluation.figures import PRDC, as_csv, as_latex, as_markdown, draw_by_kimg, draw_comparison
 from training.evaluation.records import read_records
 
@@ -53,8 +55,8 @@ def files(tmp_path_factory) -> Path:
 def computed(monkeypatch) -> list[str]:
     """What is sampled from here on, emptied by whoever looks."""
     labels: list[str] = []
-    real = comparison.extract
-    monkeypatch.setattr(comparison, "extract", lambda *a, **k: labels.append(a[-1]) or real(*a, **k))
+    real = Extractor.sampled
+    monkeypatch.setattr(Extractor, "sampled", lambda *a, **k: labels.append(k["desc"]) or real(*a, **k))
     return labels
 
 
@@ -203,8 +205,8 @@ def test_the_gap_is_measured_from_the_best_solver_at_the_same_nfe():
 
 def test_without_matplotlib_the_table_is_still_written(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    real = comparison.importlib.util.find_spec
-    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda n: None if n == "matplotlib" else real(n))
+    real = figures_module.importlib.util.find_spec
+    monkeypatch.setattr(figures_module.importlib.util, "find_spec", lambda n: None if n == "matplotlib" else real(n))
     output = invoke("fid", *arguments(files)).ok().output
     assert "pip install matplotlib" in output and Path("out/metrics.md").exists()
     assert not Path("out/metrics.png").exists()
@@ -329,8 +331,8 @@ def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three,
 
     (run_of_three / "network-snapshot-000016.safetensors").rename(run_of_three / "network-snapshot-000020.safetensors")
     computed = []
-    original = curve_module.extract
-    monkeypatch.setattr(curve_module, "extract", lambda *a, **k: computed.append(k["desc"]) or original(*a, **k))
+    original = Extractor.sampled
+    monkeypatch.setattr(Extractor, "sampled", lambda *a, **k: computed.append(k["desc"]) or original(*a, **k))
     curve(files).ok()
     assert computed == ["network-snapshot-000020"]
     curve(files, seeds="0-7").ok()

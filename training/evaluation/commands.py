@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import click
 import torch
 
 from dnnlib import UserError, make_folder
-from models.detectors import load_detector
+from models.detectors import Detector, load_detector
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device
 from torch_utils.metrics.features import FeatureSet
 from torch_utils.metrics.image_set import ImageDataset
 
-from .extractor import Extractor
+from .extractor import Extractor, Reference
 from .records import append_records
 from .results import judge, show
 from .sources import REFERENCES, Source
@@ -68,6 +68,28 @@ def check(source: Source) -> None:
             say(line)
 
 
+def describe_reference(
+    name: str, opened: Callable[[], Source], extractor: Extractor, keep: bool, moments: bool = True
+) -> Reference:
+    """The feature set of what `open_reference` has found for a name; for `keep` and `moments` see `Extractor`."""
+    source = opened()
+    check(source)
+    return Reference(name, source, extractor.reference(source, keep, moments))
+
+
+def record_distance(
+    made: FeatureSet, reference: FeatureSet, detector: Detector, facts: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """The Fréchet distance of a set as a record with `facts`, which rank 0 appends to `out`."""
+
+    def work() -> dict[str, Any]:
+        result = {**judge([made], reference, "fid", detector), **facts}
+        append_records(out, [result])
+        return result
+
+    return distributed.on_first_rank(work)
+
+
 def missing_paths(*names: str) -> list[str]:
     """Those of images and references that are not there yet; a dry run of a later step of a plan says so."""
     return [name for name in names if name not in REFERENCES and "://" not in name and not Path(name).exists()]
@@ -81,8 +103,7 @@ def show_plan(**plan: Any) -> None:
 
 def finish(
     sets: Sequence[FeatureSet],
-    reference: FeatureSet,
-    source: Source,
+    reference: Reference,
     extractor: Extractor,
     record: dict[str, Any],
     opts: dict[str, Any],
@@ -91,20 +112,18 @@ def finish(
 
     Args:
         sets: one for every trial.
-        source: what the reference was read from.
         record: what else belongs to every record.
     """
     detector, count = extractor.detector, sets[0].count
+    facts = {"N": count, **record, **reference.facts, "desc": opts["desc"], **detector.identity()}
 
     def work() -> None:
-        facts = {"N": count, **record, "reference_sha256": source.fingerprint(), "reference_N": reference.count}
         found = []
         for metric in opts["metrics"]:
             if metric == "fid" and count is not None and count <= detector.dim:
                 say(f"Warning: {count} images for {detector.dim} features: the number is biased upwards; compare it "
                     f"only with numbers from {count} images, or use --metrics=kid")  # fmt: skip
-            result = judge(sets, reference, metric, detector)
-            found.append({**result, **facts, "desc": opts["desc"], **detector.identity()})
+            found.append({**judge(sets, reference.features, metric, detector), **facts})
         append_records(opts["out"], found)  # first, for nobody may be there to read the rest
         for result in found:
             show(result)

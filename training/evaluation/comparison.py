@@ -6,7 +6,6 @@ Every sampler makes the images of the same seeds, and is compared with the same 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,20 +15,18 @@ from typing import Any
 import click
 
 from dnnlib import write_text
-from models.detectors import Detector
 from models.model import VARIABLE_STEPS, Student
 from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals
 from models.registry import ASSETS
 from models.sampling import student_sampler
 from torch_utils import distributed
-from torch_utils.metrics.features import FeatureSet, extract
-from torch_utils.metrics.frechet import frechet_distance
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
-from .extractor import Extractor
-from .figures import INSTALL_MATPLOTLIB, as_csv, as_latex, as_markdown, draw_comparison
-from .records import append_records, find_record
-from .sources import seeded_batches
+from ..options import describe_seeds
+from .commands import record_distance
+from .extractor import Extractor, Reference
+from .figures import as_csv, as_latex, as_markdown, can_draw, draw_comparison
+from .records import find_record
 
 #: Results of the embedded teacher and of solvers without training, with what they were computed from: the quickstart's.
 SHIPPED = ASSETS / "emoji32-rows.jsonl"
@@ -57,10 +54,9 @@ def samplers(student: OpenedSampler, precision: str) -> list[ComparedSampler]:
 def compare(
     rows: Sequence[ComparedSampler],
     seeds: Sequence[int],
-    reference: FeatureSet,
+    reference: Reference,
     nearest_k: int,
     extractor: Extractor,
-    facts: dict[str, Any],
     out: Path,
     known: Sequence[Path],
 ) -> list[dict[str, Any]]:
@@ -68,20 +64,23 @@ def compare(
 
     Args:
         reference: with features and moments.
-        facts: what else determines a result; recorded with it.
         out: JSON lines, one for each row that is computed.
         known: records whose rows are not computed again.
     """
-    found, shipped = [], 0
+    found, shipped, real = [], 0, reference.features
+    facts = {"seeds": describe_seeds(seeds), **reference.facts}
     for row in rows:
         key = {**facts, "sampler": {**row.identity, "nfe": row.sampler.nfe}, "N": len(seeds), "nearest_k": nearest_k}
         key |= {**extractor.detector.identity(), "protocol": PROTOCOL}
         place, result = distributed.on_first_rank(partial(_find, known, key))
         shipped += place == SHIPPED
         if result is None:
-            batches = seeded_batches(row.sampler, seeds, None, extractor.batch)
-            made = extract(batches, extractor.detector, len(seeds), True, True, f"{row.label}, NFE {row.sampler.nfe}")
-            result = distributed.on_first_rank(partial(_judge, row, made, reference, extractor.detector, key, out))
+            nfe, detector = row.sampler.nfe, extractor.detector
+            made = extractor.sampled(row.sampler, seeds, keep=True, desc=f"{row.label}, NFE {nfe}")
+            sets = (real.features, made.features, nearest_k, detector.device)
+            prdc = distributed.on_first_rank(partial(precision_recall_density_coverage, *sets))
+            shown = {"prdc": prdc, "label": row.label, "nfe": nfe}
+            result = record_distance(made, real, detector, {**shown, **key}, out)
         found.append(result)
     if shipped and distributed.is_first_process():
         click.echo(f"{shipped} of {len(rows)} rows ship with this program; --recompute makes them anew", err=True)
@@ -92,23 +91,6 @@ def _find(known: Sequence[Path], key: dict[str, Any]) -> tuple[Path | None, dict
     """The first of these files that has such a result, and the result."""
     found = ((path, find_record(path, key)) for path in known)
     return next((pair for pair in found if pair[1] is not None), (None, None))
-
-
-def _judge(
-    row: ComparedSampler, made: FeatureSet, reference: FeatureSet, detector: Detector, key: dict[str, Any], out: Path
-) -> dict[str, Any]:
-    distance = frechet_distance(made.mu, made.sigma, reference.mu, reference.sigma)
-    prdc = precision_recall_density_coverage(reference.features, made.features, key["nearest_k"], detector.device)
-    result = {
-        "metric": detector.label,
-        "value": distance,
-        "prdc": prdc,
-        "label": row.label,
-        "nfe": row.sampler.nfe,
-        **key,
-    }
-    append_records(out, [result])
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -138,8 +120,7 @@ def write(results: Sequence[dict[str, Any]], outdir: Path, figure: Path) -> list
     tables = [as_markdown(results) + (f"\n{gap}\n" if gap else ""), as_csv(results), as_latex(results)]
     for path, text in zip(written, tables, strict=True):
         write_text(path, text)
-    if importlib.util.find_spec("matplotlib") is None:
-        click.echo(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB} and run this again", err=True)
+    if not can_draw():
         return written
     draw_comparison(results, figure)
     return [*written, figure]

@@ -6,6 +6,7 @@ cache keeps the features of the images that are judged, with what they were made
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dnnlib import UserError
 from models.detectors import Detector
+from models.sampling import Sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
-from torch_utils.metrics.features import FeatureSet, decoded_batches, extract
+from torch_utils.metrics.features import FeatureSet, decoded_batches, extract, shard
 from torch_utils.metrics.image_set import ImageDataset
 
 from .sources import CHECKSUM, Source, StoredFeatures, StoredStatistics, rows_checksum
@@ -82,6 +85,21 @@ class Extractor:
             raise UserError(f"--features={cache} holds features of other {', '.join(changed)}; choose another file")
         return stored.rows
 
+    def sampled(
+        self,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        class_index: int | None = None,
+        keep: bool = False,
+        moments: bool = True,
+        desc: str = "images",
+    ) -> FeatureSet:
+        """The feature set of the images that a sampler makes of `seeds`, every rank its share."""
+        part = shard(len(seeds))
+        batches = sampler.batches(seeds[part.start : part.stop], class_index, self.batch)
+        images = (torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in batches)
+        return extract(images, self.detector, len(seeds), keep, moments, desc)
+
     def without_cache(self) -> Extractor:
         return replace(self, cache=None)
 
@@ -104,6 +122,21 @@ class Extractor:
                 f"{source.path} holds {held}, the detector has {self.detector.dim} features; choose the --detector "
                 "they were made with, or make them again"
             )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: what the command line calls it, what that holds, and its feature set."""
+
+    name: str
+    source: Source
+    features: FeatureSet
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Which it is, for records; every rank asks."""
+        digest = distributed.on_first_rank(self.source.fingerprint)
+        return {"reference": self.name, "reference_N": self.features.count, "reference_sha256": digest}
 
 
 def _digest(indices: np.ndarray) -> str:

@@ -6,10 +6,13 @@ A figure is a PNG, PDF or SVG by the suffix of its name. matplotlib is needed fo
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from dnnlib import UserError, first_line, make_folder, replacing
 from models.opening import BEST
@@ -34,6 +37,14 @@ def need_matplotlib() -> Any:
     except ImportError as error:
         raise UserError(f"figures need matplotlib ({first_line(error)}); run: {INSTALL_MATPLOTLIB}") from None
     return Figure
+
+
+def can_draw() -> bool:
+    """Whether there is matplotlib; without it a command that draws at its end says so, and is content."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        click.echo(f"No plot: matplotlib is not installed; for one, {INSTALL_MATPLOTLIB} and run this again", err=True)
+    return found
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dnnlib import UserError, sha256_of
 from models.registry import ASSETS
-from models.sampling import Sampler
 from torch_utils import distributed
 from torch_utils.arrays import Header, read_arrays, read_headers, read_meta
-from torch_utils.metrics.features import choose, shard
+from torch_utils.metrics.features import choose
 from torch_utils.metrics.frechet import check_moments
 from torch_utils.metrics.image_set import ImageDataset
 
@@ -224,10 +221,3 @@ def split_blocks(count: int, num: int | None, seeds: Sequence[int], trials: int)
             f"{count} images do not make {trials} blocks of {num or f'{count / trials:g}'}; change --trials or --num"
         )
     return [np.arange(t * size, (t + 1) * size) for t in range(trials)]
-
-
-def seeded_batches(sampler: Sampler, seeds: Sequence[int], class_index: int | None, batch: int) -> Iterator[Tensor]:
-    """uint8 images `[B, C, H, W]` of this rank's share of `seeds`, sampled."""
-    part = shard(len(seeds))
-    for images in sampler.batches(seeds[part.start : part.stop], class_index, batch):
-        yield torch.from_numpy(images).permute(0, 3, 1, 2)
