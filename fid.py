@@ -40,33 +40,34 @@ from training.evaluation.commands import (
     missing_paths,
     open_extractor,
     say,
-    show_plan,
 )
-from training.evaluation.curve import evaluate, snapshots
+from training.evaluation.curve import evaluate
 from training.evaluation.figures import can_draw, draw_by_kimg
-from training.evaluation.functions import Comparison, Images
+from training.evaluation.functions import Images, feature_sets
 from training.evaluation.records import append_records
 from training.evaluation.results import check_metrics, needs
 from training.evaluation.sources import open_images, open_reference, split_blocks
 from training.options import (
+    compared_seeds_option,
     describe_seeds,
     detector_options,
     figure_option,
     images_option,
     machine_options,
     metrics_option,
+    num_steps_option,
     parse_ints,
     parse_npz,
-    parse_seeds,
     record_options,
     ref_option,
     sample_options,
     sampler_options,
     seed_blocks,
+    show_plan,
     solver_options,
     teacher_option,
 )
-from training.runs import find_run
+from training.runs import find_run, snapshots
 
 
 def calculate_fid(mu: ArrayLike, sigma: ArrayLike, mu_ref: ArrayLike, sigma_ref: ArrayLike) -> float:
@@ -85,18 +86,18 @@ def compute_fid(images: Images, reference: Images, detector: str | Path | Detect
         images: folder, archive or file of images (or features), or uint8 `[N, H, W, C]` in memory.
         reference: the same; or statistics, a URL, or a registered name such as `cifar10`.
         detector: name, path of weights, or a detector of `models.detectors.load_detector`.
-        how: `resize`, `batch`, `workers`, `device` of `training.evaluation.functions.Comparison`.
+        how: `resize`, `batch`, `workers`, `device` of `training.evaluation.functions.feature_sets`.
 
     Raises:
         UserError: images, reference or detector that cannot be used, in one line.
     """
-    found, expected = Comparison(images, reference, detector, **how).sets(keep=False)
+    found, expected = feature_sets(images, reference, False, detector, **how)
     return frechet_distance(found.mu, found.sigma, expected.mu, expected.sigma)
 
 
 def compute_kid(images: Images, reference: Images, detector: str | Path | Detector = "inception", **how: Any) -> float:
     """Kernel distance of two sets of images, the mean over subsets; arguments as for `compute_fid`, no statistics."""
-    found, expected = Comparison(images, reference, detector, **how).sets(keep=True)
+    found, expected = feature_sets(images, reference, True, detector, **how)
     return kernel_distance(found.features, expected.features).mean
 
 
@@ -244,8 +245,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @section("What to compare")
 @click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
 @teacher_option
-@click.option("--seeds", help="Random seeds, one image each, for every sampler", metavar="LIST", default="0-1999",
-              callback=parse_seeds)  # fmt: skip
+@compared_seeds_option
 @click.option("--ref", help="Reference images or their features; emoji32 for those of this program", metavar="PATH",
               required=True)  # fmt: skip
 @click.option("--nearest_k", help="Neighbours that a ball of precision and recall reaches to",
@@ -342,10 +342,9 @@ def clip(images: str, captions: str, model: str, desc: str | None, out: str, **o
 @main.command()
 @click.argument("run", metavar="RUN")
 @section("What to compare")
-@click.option("--seeds", help="Random seeds, one image each, for every snapshot", metavar="LIST", default="0-1999",
-              callback=parse_seeds)  # fmt: skip
+@compared_seeds_option
 @ref_option
-@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=Whole(2, 1000))
+@num_steps_option
 @section("Where to")
 @click.option("--out", help="JSON lines, one for a snapshot; default: metrics.jsonl of the run", type=Path,
               metavar="JSONL")  # fmt: skip

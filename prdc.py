@@ -15,11 +15,11 @@ from dnnlib.options import SEED, Group, Whole, section
 from models.detectors import Detector
 from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
-from training.evaluation.commands import check, missing_paths, open_extractor, say, show_plan
-from training.evaluation.functions import Comparison, Images, as_features
+from training.evaluation.commands import check, missing_paths, open_extractor, say
+from training.evaluation.functions import Images, as_features, feature_sets
 from training.evaluation.records import append_records
 from training.evaluation.sources import open_images, open_reference, split_blocks
-from training.options import detector_options, images_option, machine_options, record_options
+from training.options import detector_options, images_option, machine_options, record_options, show_plan
 
 #: Images of each set, where there are so many.
 DEFAULT_NUM = 5000
@@ -48,7 +48,7 @@ def compute_prdc(
     """
     real_features, fake_features = as_features(real), as_features(fake)
     if real_features is None or fake_features is None:
-        found, expected = Comparison(fake, real, detector, device=device, **how).sets(keep=True)
+        found, expected = feature_sets(fake, real, True, detector, device=device, **how)
         return precision_recall_density_coverage(expected.features, found.features, nearest_k, device)
     return precision_recall_density_coverage(real_features, fake_features, nearest_k, device)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,14 @@ from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick
 from torch_utils.graphs import check_mode
 from torch_utils.image_writer import ImageWriter, refuse_samples
 from torch_utils.images import draw_grid, save_picture, square_rows
-from training.options import cuda_graph_option, dry_run_option, sample_options, sampler_options, solver_options
+from training.options import (
+    cuda_graph_option,
+    dry_run_option,
+    sample_options,
+    sampler_options,
+    show_plan,
+    solver_options,
+)
 
 #: Pixels at the usual dots per inch: height of a line of text, its letters, and an image where small ones are enlarged.
 LABEL, LETTERS, TILE, DPI = 16, 10, 64, 96
@@ -144,9 +150,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         sampling = plan_sampler(model_path, dataset_name, options)
         plan["nfe"] = None if sampling is None else sampling.nfe
         plan.update(options.chosen(), precision=precision, device=str(device), outdir=opts["outdir"])
-        if distributed.is_first_process():
-            click.echo(json.dumps(plan, indent=2))
-        return
+        return show_plan(**plan)
     configure_backends()
     distributed.init(device)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]

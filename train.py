@@ -28,16 +28,13 @@ from training.evaluation.commands import missing_paths
 from training.evaluation.curve import Evaluation
 from training.evaluation.sources import REFERENCES
 from training.loggers import LOGGERS, need_logger
-from training.options import cuda_graph_option, teacher_option
+from training.options import cuda_graph_option, dry_run_option, teacher_option
 from training.presets import find_preset
 from training.runs import Intervals, Place, plan_run
 
 
 class MicroBatch(Whole):
     """A positive integer, or `auto`."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 2**20)
 
     def convert(  # type: ignore[override]  # `auto` is no integer
         self, value: Any, param: click.Parameter | None, context: click.Context | None
@@ -91,7 +88,8 @@ def planned_evaluation(
 @click.option("--total_kimg", help="Trajectories to train, thousands", type=Real(0, 10**6, min_open=True), default=200)
 @click.option("--batch", help="Total batch size, over all processes", type=Whole(1, 2**20), default=128)
 @click.option("--batch-gpu", help="Samples that a process handles at a time, the rest accumulates; auto: as many as "
-              "fit on the GPU; default: all of its share", metavar="INTEGER|auto", type=MicroBatch())  # fmt: skip
+              "fit on the GPU; default: all of its share", metavar="INTEGER|auto",
+              type=MicroBatch(1, 2**20))  # fmt: skip
 @click.option("--optimizer", help="adam, as published; muon: Muon for weights between hidden layers, at twice "
               "the rate, Adam for the rest", type=click.Choice(["adam", "muon"]), default="adam")  # fmt: skip
 @click.option("--lr", help="Learning rate of Adam, at the start", type=Real(0, 1000, min_open=True), default=5e-5)
@@ -168,7 +166,7 @@ def planned_evaluation(
               metavar="NPZ|URL|PATH|NAME")  # fmt: skip
 @click.option("--eval_detector", help="Feature network, as for fid.py", metavar="NAME|PATH", default="inception")
 @click.option("--eval_num", help="Images of an evaluation", type=Whole(2, 10**7), default=2000)
-@click.option("-n", "--dry-run", help="Check and print the settings, then stop", is_flag=True)
+@dry_run_option
 def main(preset: str | None, dataset_name: str | None, model_path: str | None, m: int, **opts: Any) -> None:
     """Distil a pre-trained diffusion model into a generator of 1 to 5 network evaluations.
 

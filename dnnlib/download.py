@@ -59,7 +59,6 @@ def fetch(
     urls: Sequence[str],
     dest: str | os.PathLike,
     sha256: str | None = None,
-    offline: bool | None = None,
     size: int | None = None,
 ) -> Path:
     """Make sure that a published file is at `dest`, and return that path.
@@ -68,7 +67,6 @@ def fetch(
         urls: http(s) addresses of the file, tried in order.
         dest: where it belongs; directories are made.
         sha256: its published checksum, or the first digits of it (at least 8); None if none is published.
-        offline: never use the network; None asks `SFD_OFFLINE`.
         size: its bytes, where they are known; else at most `MAX_SIZE` are taken.
 
     Raises:
@@ -83,7 +81,7 @@ def fetch(
     with _one_line_errors(f"fetch {_shown(urls[0])}", dest):
         if is_there(dest, sha256):
             return dest
-        if is_offline() if offline is None else offline:
+        if is_offline():
             raise UserError(
                 f"offline, and {dest} is not there; get it from {_shown(urls[0])} and put it there, "
                 "or run without --offline and SFD_OFFLINE"

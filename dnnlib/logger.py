@@ -8,18 +8,17 @@ from typing import TextIO
 
 
 class Logger:
-    """Print lines above a running progress bar and append them to `path` (None: print only).
+    """Print lines above a running progress bar and append them to `path`.
 
     Where nobody reads what is printed any more (a pipe to `head`, a terminal that is gone), the file alone gets it.
     """
 
-    def __init__(self, path: str | Path | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, path: str | Path, stream: TextIO | None = None) -> None:
         self._stream: TextIO | None = stream or sys.stdout  # None where a command was started without any
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path is not None else None
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
 
-    def __call__(self, line: str = "") -> None:
-        if self._file is not None:
-            self._file.write(line + "\n")
+    def __call__(self, line: str) -> None:
+        self._file.write(line + "\n")
         if self._stream is not None:
             self._print(line, self._stream)
 
@@ -30,12 +29,9 @@ class Logger:
             tqdm.write(line, file=stream)
             stream.flush()
         except (OSError, ValueError):  # ValueError: it is closed
-            if self._file is None:
-                raise
             self._stream = None
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())  # what it holds back would be an error at the very end
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()

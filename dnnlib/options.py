@@ -23,15 +23,9 @@ class _Number:
 class Whole(_Number, click.IntRange):
     """An integer in a range, which `--help` states."""
 
-    def __init__(self, min: int, max: int) -> None:
-        super().__init__(min, max)
-
 
 class Real(_Number, click.FloatRange):
     """A finite number in a range, which `--help` states."""
-
-    def __init__(self, min: float, max: float, min_open: bool = False) -> None:
-        super().__init__(min, max, min_open=min_open)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)

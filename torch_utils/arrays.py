@@ -13,7 +13,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Header:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+def described(headers: Mapping[str, Header]) -> str:
+    """What a file holds, for its error lines."""
+    return ", ".join(f"{name} {header}" for name, header in headers.items())[:300] or "nothing"
 
 
 def read_headers(path: str | Path) -> dict[str, Header]:

@@ -160,12 +160,10 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def average_gradients(
-    params: Iterable[nn.Parameter], compression: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES
-) -> None:
+def average_gradients(params: Iterable[nn.Parameter], compression: torch.dtype | None = None) -> None:
     """Replace every gradient by its mean over ranks.
 
-    Buckets of about `bucket_bytes` are reduced while the next one is filled; two are in memory at a time.
+    Buckets of about `BUCKET_BYTES` are reduced while the next one is filled; two are in memory at a time.
 
     Args:
         compression: the dtype that is sent, bfloat16 for half of the bytes; None sends gradients as they are.
@@ -174,7 +172,7 @@ def average_gradients(
         return
     grads = [param.grad for param in params if param.grad is not None]
     on_its_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
-    for bucket in gradient_buckets(grads, bucket_bytes):
+    for bucket in gradient_buckets(grads, BUCKET_BYTES):
         flat = torch.cat([grad.flatten() for grad in bucket])
         if compression is not None:
             flat = flat.to(compression)

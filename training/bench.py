@@ -53,7 +53,7 @@ from .cost import TRAINED, Cost, matrix_peak, run_cost, timed
 from .distill import Distiller, Teacher
 from .inputs import fill_randomly, random_inputs
 from .memory import largest_micro_batch
-from .options import cuda_graph_option
+from .options import cuda_graph_option, dry_run_option, show_plan
 from .report import memory
 
 #: Evaluations of the students that are sampled.
@@ -266,7 +266,7 @@ HEADER = f"{'stage':33s} {'seconds':>9s} {'items/s':>9s} {'TFLOP/s':>9s} {'of pe
 @click.option("--channels_last", help="Memory order of the U-Nets; default: True on the CPU alone", type=bool)
 @device_option
 @cuda_graph_option
-@click.option("-n", "--dry-run", help="Print what would be timed, then stop", is_flag=True)
+@dry_run_option
 def main(dataset_name: str | None, model_path: str | None, batch: int, json_path: str | None, **opts: Any) -> None:
     """Time training, sampling and evaluation on this device.
 
@@ -286,9 +286,7 @@ def main(dataset_name: str | None, model_path: str | None, batch: int, json_path
         opts["channels_last"] = prefers_channels_last(device)
     if opts["dry_run"]:
         plan = {"dataset_name": dataset_name, "model_path": model_path, "batch": batch, **opts}
-        plan |= {"precision": precision, "device": str(device)}
-        click.echo(json.dumps({**plan, "json": json_path}, indent=2))
-        return
+        return show_plan(**plan | {"precision": precision, "device": str(device)}, json=json_path)
     if json_path is not None:
         make_folder(Path(json_path).resolve().parent, "json_path")
     configure_backends()

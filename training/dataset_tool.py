@@ -27,7 +27,7 @@ from torch_utils.metrics.pixels import remarks
 from .datasets.captions import captions_of, read_coco
 from .datasets.sources import Files, Source, open_pictures
 from .datasets.squares import TRANSFORMS, Conversion
-from .options import dry_run_option
+from .options import dry_run_option, show_plan
 
 LABEL_KINDS = ("auto", "folders", "none")
 #: Images that are decoded ahead of those that are written.
@@ -104,8 +104,7 @@ def main(source: Path, dest: Path, max_images: int | None, labels: str, split: s
     if dest.suffix != ".zip":
         raise UserError(f"{dest} is not a name ending in .zip; choose one that is", "dest")
     if opts["dry_run"] and not source.exists():
-        plan = {"source": str(source), "missing": [str(source)], **asdict(conversion), "dest": str(dest)}
-        return click.echo(json.dumps(plan, indent=2))
+        return show_plan(source=str(source), missing=[str(source)], **asdict(conversion), dest=str(dest))
     pictures = open_pictures(source, labels, split)
     if labels == "none":
         pictures.labels = None
@@ -114,7 +113,7 @@ def main(source: Path, dest: Path, max_images: int | None, labels: str, split: s
     classes = 0 if pictures.labels is None else len(set(pictures.labels))
     plan = {"source": str(source), "images": count, "classes": classes, **asdict(conversion), "dest": str(dest)}
     if opts["dry_run"]:
-        return click.echo(json.dumps(plan, indent=2))
+        return show_plan(**plan)
     made_of = {k: v for k, v in plan.items() if k != "dest"} | {"digest": pictures.digest(), "labels": labels}
     writer = ImageWriter(dest, False, json.loads(json.dumps(made_of)))
     kept = write_archive(pictures, count, conversion, writer)

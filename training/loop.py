@@ -95,13 +95,12 @@ def distil(
                 where = f"at kimg {state.images / 1000:g}, the state is saved; repeat the command to go on"
                 report.log(f"Stopped by {by} {where}")
                 raise Stopped(number, message="")
-            if evaluation is not None and snapped and (line := evaluation(run_dir / runs.snapshot_name(state.images))):
+            if evaluation is not None and snapped and (line := evaluation(run_dir, state.images)):
                 report.log(line)
             maintenance, tick_start = time.time() - tick_end, time.time()
         # Last of all, for a run that has its last student counts as finished.
         save_snapshot(state, report, run_dir, intervals)
-        last = run_dir / runs.snapshot_name(state.images)
-        if evaluation is not None and (line := evaluation(last, is_last=True)):
+        if evaluation is not None and (line := evaluation(run_dir, state.images, is_last=True)):
             report.log(line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from models.detectors.inception import RESIZES
 from models.registry import known_names
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
+from torch_utils import distributed
 from torch_utils.graphs import MODES
 
 from .evaluation.figures import PRDC, check_suffix
@@ -75,6 +77,10 @@ cuda_graph_option = click.option(
     "--cuda_graph", help="CUDA: replay runs of the frozen network as one launch; auto: where that is faster",
     type=click.Choice(MODES), default="auto"
 )  # fmt: skip
+num_steps_option = click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own",
+                                type=Whole(2, 1000))  # fmt: skip
+compared_seeds_option = click.option("--seeds", help="Random seeds, one image each, for every sampler or snapshot",
+                                     metavar="LIST", default="0-1999", callback=parse_seeds)  # fmt: skip
 #: A model, and what it is to make.
 sample_options = combined(
     section("What to sample"),
@@ -185,6 +191,14 @@ def parse_figure(context: click.Context, param: click.Parameter, value: str | No
 figure_option = click.option("--figure", help="Where to draw; its suffix says as what", metavar="PNG|PDF|SVG",
                              callback=parse_figure)  # fmt: skip
 dry_run_option = click.option("-n", "--dry-run", help="Print what would be done, then stop", is_flag=True)
+
+
+def show_plan(**plan: Any) -> None:
+    """What a command would do, as JSON, of rank 0."""
+    if distributed.is_first_process():
+        click.echo(json.dumps(plan, indent=2))
+
+
 machine_options = combined(
     click.option("--batch", help="Images at a time, per process", type=Whole(1, 2**20), default=64),
     click.option("--workers", help="Processes that decode images, per process", type=Whole(0, 1024), default=2),

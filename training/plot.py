@@ -33,7 +33,7 @@ from torch_utils.device import configure_backends, pick_device
 from .distill import Teacher, load_source
 from .evaluation.figures import check_suffix, draw_by_kimg, draw_comparison, need_matplotlib, panels, save_figure
 from .evaluation.records import read_records
-from .options import teacher_option
+from .options import num_steps_option, teacher_option
 from .runs import STATS, find_run, read_config, recorded_settings
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
@@ -226,7 +226,7 @@ def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
               type=click.Choice(["nfe", "kimg"]))  # fmt: skip
 @section("Trajectories")
 @click.option("--num", help="Trajectories to draw: seeds 0 to so many", type=Whole(1, 16), default=3)
-@click.option("--num_steps", help="SFD-v: timestamps of the student; default: its own", type=Whole(2, 1000))
+@num_steps_option
 @teacher_option
 @device_option
 @offline_option

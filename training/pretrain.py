@@ -26,6 +26,7 @@ from torch_utils.device import configure_backends, pick_device, pick_precision
 from torch_utils.metrics.image_set import ImageDataset
 
 from .datasets.squares import Conversion, squares_of
+from .options import dry_run_option, show_plan
 from .pretrainer import KINDS, RATES, STATE, TEACHER, WIDEST, PretrainConfig, Trainer, build
 from .runs import lock
 
@@ -170,7 +171,7 @@ def _widths(value: str) -> tuple[float, ...]:
 @device_option
 @section("Progress")
 @click.option("--snap", help="Save every so many kimg", type=Real(0, 10**6, min_open=True), default=50)
-@click.option("-n", "--dry-run", help="Check and print what would be done, then stop", is_flag=True)
+@dry_run_option
 def main(data: str, outdir: str, **opts: Any) -> None:
     """Train a small EDM teacher on a folder or zip of images, on one device.
 
@@ -214,28 +215,12 @@ def main(data: str, outdir: str, **opts: Any) -> None:
     check_network(network)
     device = pick_device(opts["device"])
     configure_backends()
-    config = PretrainConfig(
-        data=data,
-        network=network,
-        kimg=opts["kimg"],
-        batch=opts["batch"],
-        optimizer=opts["optimizer"],
-        lr=RATES[opts["arch"]] if opts["lr"] is None else opts["lr"],
-        decay=opts["decay"],
-        ema=_widths(opts["ema"]),
-        label_dropout=opts["label_dropout"],
-        transfer=opts["transfer"],
-        resolution=opts["resolution"],
-        center_crop=opts["center_crop"],
-        xflip=opts["xflip"],
-        precision=pick_precision(opts["precision"], device),
-        seed=opts["seed"],
-        snap_kimg=opts["snap"],
-    )
+    settings = {name: value for name, value in opts.items() if name in PretrainConfig.__dataclass_fields__}
+    settings |= dict(precision=pick_precision(opts["precision"], device), ema=_widths(opts["ema"]))
+    settings["lr"] = RATES[opts["arch"]] if opts["lr"] is None else opts["lr"]
+    config = PretrainConfig(data, network, snap_kimg=opts["snap"], **settings)
     if opts["dry_run"]:
-        plan = {**config.to_json(), "images": len(dataset), "device": str(device), "outdir": outdir}
-        click.echo(json.dumps(plan, indent=2))
-        return
+        return show_plan(**config.to_json(), images=len(dataset), device=str(device), outdir=outdir)
     train(config, dataset, device, Path(outdir))
 
 

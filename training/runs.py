@@ -12,8 +12,9 @@ from typing import Any, TextIO
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.errors import environment_number
 from dnnlib.files import remove_leftovers
-from models.paths import RUNS_DIR, snapshots
+from models.paths import RUNS_DIR
 from models.paths import find_run as path_of_run
+from models.paths import snapshots as students_in
 from torch_utils.checkpoint import read_settings, read_state, usable_state
 
 from .config import DistillConfig, check, differences, refuse_changes, with_defaults
@@ -41,10 +42,21 @@ def snapshot_name(images: int) -> str:
     return f"network-snapshot-{images // 1000:06d}.safetensors"
 
 
+def snapshots(run_dir: Path) -> dict[int, Path]:
+    """The students of a run by kimg, ascending.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = {kimg: path for kimg, path in students_in(run_dir).items() if path.suffix == ".safetensors"}
+    if not found:
+        raise UserError(f"{run_dir} holds no network-snapshot-….safetensors; a run writes one every --snap ticks")
+    return found
+
+
 def prune_snapshots(run_dir: Path, keep: int | None) -> None:
-    """Remove all students of a run but the newest `keep`; None keeps all of them."""
-    own = [path for path in snapshots(run_dir).values() if path.suffix == ".safetensors"]
-    for path in own[: 0 if keep is None else -keep]:
+    """Remove all students of a run but the newest `keep`, of which there is one; None keeps all of them."""
+    for path in list(snapshots(run_dir).values())[: 0 if keep is None else -keep]:
         path.unlink(missing_ok=True)
 
 
@@ -130,11 +142,6 @@ def is_finished(run_dir: Path, config: DistillConfig) -> bool:
         return False  # damaged: continuing the run writes it again
 
 
-def numbered(outdir: Path) -> list[Path]:
-    """Run directories under `outdir`, newest number first."""
-    return sorted((p for p in outdir.glob(NUMBERED) if p.is_dir()), reverse=True)
-
-
 @dataclass(frozen=True)
 class OpenedRun:
     """A run directory that this process holds; sent to another rank, it is the same without the lock.
@@ -194,7 +201,8 @@ def locate_run(place: Place, config: DistillConfig) -> tuple[Path | None, bool]:
     if place.chosen is not None:
         return place.chosen, is_finished(place.chosen, config)
     finished = None
-    for run_dir in [] if place.starts_anew else numbered(place.outdir):
+    newest_first = sorted((p for p in place.outdir.glob(NUMBERED) if p.is_dir()), reverse=True)
+    for run_dir in [] if place.starts_anew else newest_first:
         try:
             saved = recorded_settings(run_dir)
         except UserError:

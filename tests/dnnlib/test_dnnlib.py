@@ -155,7 +155,6 @@ def test_log_keeps_what_was_printed_and_appends(tmp_path):
         log.close()
         assert stream.getvalue().strip() == text + " ü"
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "one ü\ntwo ü\n"
-    Logger(None, io.StringIO())("x")
 
 
 def test_a_log_outlives_those_who_read_it(tmp_path):

@@ -292,10 +292,11 @@ def test_touched_file_is_read_again(server, dest):
     assert record()["cifar10/net.pkl"]["mtime_ns"] == 10**9 and len(server.requests) == 1
 
 
-def test_file_put_by_hand(server, dest):
+def test_file_put_by_hand(server, dest, monkeypatch):
+    monkeypatch.setenv("SFD_OFFLINE", "1")
     dest.parent.mkdir(parents=True)
     dest.write_bytes(BODY)
-    assert fetch([server.url + "missing"], dest, SHA, offline=True) == dest
+    assert fetch([server.url + "missing"], dest, SHA) == dest
     assert record()["cifar10/net.pkl"]["sha256"] == SHA and not server.requests
 
 
@@ -342,11 +343,10 @@ def test_offline_flag_of_a_command(server, dest, monkeypatch):
     assert dest.read_bytes() == BODY
 
 
-@pytest.mark.parametrize("how", [dict(offline=True), dict(env="1"), dict(env="true")])
-def test_offline(server, dest, monkeypatch, how):
-    if "env" in how:
-        monkeypatch.setenv("SFD_OFFLINE", how["env"])
-    message = error_of([server.url + "good", server.url + "slow"], dest, offline=how.get("offline"))
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_offline(server, dest, monkeypatch, value):
+    monkeypatch.setenv("SFD_OFFLINE", value)
+    message = error_of([server.url + "good", server.url + "slow"], dest)
     assert str(dest) in message and server.url + "good" in message and "offline" in message
     assert not server.requests and not dest.parent.exists()
     monkeypatch.setenv("SFD_OFFLINE", "0")

@@ -124,7 +124,7 @@ def test_inception_comes_from_the_published_places(inception_file, monkeypatch):
     dnnlib_download = pytest.importorskip("dnnlib.download")
     asked = {}
 
-    def fetch(urls, dest, sha256=None, offline=None, size=None):
+    def fetch(urls, dest, sha256=None, size=None):
         asked.update(urls=urls, sha256=sha256, size=size)
         return inception_file
 

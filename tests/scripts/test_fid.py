@@ -350,7 +350,7 @@ def test_references_by_name_and_url_are_fetched(files, monkeypatch):
     run("fid", "ref", files, data=files / "real", dest="real.npz").ok()
     asked = []
 
-    def fetch(urls, dest, sha256=None, offline=None):
+    def fetch(urls, dest, sha256=None):
         asked.append((urls, Path(dest)))
         return Path("real.npz")
 

@@ -81,7 +81,7 @@ def test_batch_size_and_workers_change_nothing(folder, batch, workers):
 
 
 def test_ranks_together_have_every_image_once(folder, monkeypatch):
-    whole, sums = compute(folder, keep=True), Moments.zeros(6)
+    whole, sums = compute(folder, keep=True), Moments(6)
     rows = []
     for rank in range(3):
         as_rank(monkeypatch, rank, 3)

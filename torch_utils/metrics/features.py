@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -106,18 +106,13 @@ def decoded_batches(source: ImageSource, batch: int, workers: int = 0) -> Iterat
 # Features
 
 
-@dataclass
 class Moments:
     """Sums from which mean and covariance follow, float64 on the CPU or GPU."""
 
-    total: Tensor
-    outer: Tensor
-    count: int = 0
-
-    @classmethod
-    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> Moments:
-        kwargs: dict[str, Any] = dict(dtype=torch.float64, device=device)
-        return cls(torch.zeros(dim, **kwargs), torch.zeros(dim, dim, **kwargs))
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.count = 0
 
     def add(self, features: Tensor) -> None:
         """Add `[B, D]`."""
@@ -158,7 +153,7 @@ class FeatureSet:
     def from_features(cls, features: np.ndarray, moments: bool = True) -> FeatureSet:
         if not moments:
             return cls(len(features), kept=features)
-        sums = Moments.zeros(features.shape[1])
+        sums = Moments(features.shape[1])
         for start in range(0, len(features), 1024):
             sums.add(torch.from_numpy(features[start : start + 1024]))
         return cls(len(features), sums.finish(), features)
@@ -204,7 +199,7 @@ def extract(
     """
     if count < 2:
         raise UserError(f"found {count} image; statistics need at least 2")
-    sums = Moments.zeros(network.dim, _sum_device(network.device)) if moments else None
+    sums = Moments(network.dim, _sum_device(network.device)) if moments else None
     kept = [torch.empty([0, network.dim])]
 
     def run() -> None:

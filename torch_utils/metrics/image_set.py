@@ -30,7 +30,7 @@ from PIL import Image
 
 from dnnlib import UserError, check_regular, first_line, parse_json, sha256_of
 
-from ..arrays import UNREADABLE, Header, read_arrays, read_headers
+from ..arrays import UNREADABLE, Header, described, read_arrays, read_headers
 from .pixels import ImageHeader, open_image, remarks, to_pixels
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -284,8 +284,7 @@ def read_image_array(path: Path) -> np.ndarray:
     headers = read_headers(path)
     names = [name for name, header in headers.items() if header.is_images]
     if len(names) != 1 or 0 in headers[names[0]].shape:
-        shapes = ", ".join(f"{name} {header}" for name, header in headers.items())
-        raise UserError(f"{path} holds {shapes or 'nothing'}; expected one uint8 array [N, H, W, 1 or 3]")
+        raise UserError(f"{path} holds {described(headers)}; expected one uint8 array [N, H, W, 1 or 3]")
     return read_arrays(path, names)[names[0]]
 
 

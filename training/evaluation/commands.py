@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,12 +92,6 @@ def record_distance(
 def missing_paths(*names: str) -> list[str]:
     """Those of images and references that are not there yet; a dry run of a later step of a plan says so."""
     return [name for name in names if name not in REFERENCES and "://" not in name and not Path(name).exists()]
-
-
-def show_plan(**plan: Any) -> None:
-    """What a command would do, as JSON."""
-    if distributed.is_first_process():
-        click.echo(json.dumps(plan, indent=2))
 
 
 def finish(

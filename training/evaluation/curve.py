@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError, sha256_of
+from dnnlib import sha256_of
 from models.detectors import check_detector, load_detector
 from models.opening import open_sampler
 from models.sampling import SamplerOptions
@@ -18,6 +17,7 @@ from torch_utils import distributed
 from torch_utils.device import PRECISIONS
 
 from ..options import describe_seeds
+from ..runs import snapshot_name
 from .commands import record_distance
 from .extractor import Extractor, Reference
 from .records import find_record
@@ -25,19 +25,6 @@ from .sources import open_reference
 
 #: Images at a time of an evaluation along a training run.
 EVALUATION_BATCH = 64
-SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.safetensors")
-
-
-def snapshots(run_dir: Path) -> dict[int, Path]:
-    """The students of a run by kimg, ascending.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = {int(match[1]): path for path in run_dir.iterdir() if (match := SNAPSHOT.fullmatch(path.name))}
-    if not found:
-        raise UserError(f"{run_dir} holds no network-snapshot-….safetensors; a run writes one every --snap ticks")
-    return dict(sorted(found.items()))
 
 
 def evaluate(
@@ -92,12 +79,11 @@ class Evaluation:
         source = open_ref()
         self.reference = Reference(ref, source, self.extractor.reference(source, keep=False))
 
-    def __call__(self, path: Path, is_last: bool = False) -> str | None:
-        """Evaluate a snapshot if it is its turn, every rank its share; returns a line that says the result."""
+    def __call__(self, run_dir: Path, images: int, is_last: bool = False) -> str | None:
+        """Evaluate the snapshot at `images` if it is its turn, every rank its share; returns a line for the log."""
         self.seen += 1
-        match = SNAPSHOT.fullmatch(path.name)
-        if match is None or (self.seen % self.every and not is_last):
+        if self.seen % self.every and not is_last:
             return None
         how = (SamplerOptions(), self.seeds, self.reference, self.extractor, self.precision)
-        (found,) = evaluate({int(match[1]): path}, *how, path.parent / "metrics.jsonl")
+        (found,) = evaluate({images // 1000: run_dir / snapshot_name(images)}, *how, run_dir / "metrics.jsonl")
         return f"{found['metric']} {found['value']:g} of {len(self.seeds)} images at kimg {found['kimg']}"

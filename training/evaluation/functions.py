@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch_utils.metrics.features import FeatureSet
 from torch_utils.metrics.image_set import ImageDataset
 
 from .extractor import Extractor
-from .sources import open_images, open_reference
+from .sources import Source, open_images, open_reference
 
 #: A folder, archive or file; or images in memory, uint8 `[N, H, W, C]`, such as `models.Student.sample` gives.
 Images = str | Path | ArrayLike
@@ -33,43 +34,34 @@ def as_features(values: Images) -> Tensor | None:
     return None if features.ndim > 2 else features
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two sets of images and the detector they are compared by.
+def feature_sets(
+    images: Images,
+    reference: Images,
+    keep: bool,
+    detector: str | Path | Detector = "inception",
+    resize: str = "tf1",
+    batch: int = 64,
+    workers: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[FeatureSet, FeatureSet]:
+    """The features (`keep`) or the moments of two sets of images.
 
-    Attributes:
+    Args:
         images: what is judged.
-        reference: what it is compared with; for the Fréchet distance also statistics, a URL or a registered name.
+        reference: what it is compared with; for moments also statistics, a URL or a registered name.
         detector: name, path, or a loaded one.
     """
-
-    images: Images
-    reference: Images
-    detector: str | Path | Detector = "inception"
-    resize: str = "tf1"
-    batch: int = 64
-    workers: int = 0
-    device: torch.device | str | None = None
-
-    def sets(self, keep: bool) -> tuple[FeatureSet, FeatureSet]:
-        """The features of both sets (`keep`), or their moments."""
-        source = open_images(self.images) if isinstance(self.images, (str, Path)) else _in_memory(self.images)
-        if isinstance(self.reference, (str, Path)):
-            open_ref = open_reference(str(self.reference), statistics=not keep)
-        else:
-            in_memory = _in_memory(self.reference)
-            open_ref = lambda: in_memory  # noqa: E731
-        extractor = self.extractor()
-        reference = extractor.reference(open_ref(), keep, moments=not keep)
-        return extractor.describe(source, [np.arange(len(source))], keep, moments=not keep)[0], reference
-
-    def extractor(self) -> Extractor:
-        detector = self.detector
-        if not isinstance(detector, Detector):
-            configure_backends()
-            device = pick_device(None if self.device is None else str(self.device))
-            detector = load_detector(str(detector), device, self.resize)
-        return Extractor(detector, self.batch, self.workers)
+    source = open_images(images) if isinstance(images, (str, Path)) else _in_memory(images)
+    if isinstance(reference, (str, Path)):
+        open_ref: Callable[[], Source] = open_reference(str(reference), statistics=not keep)
+    else:
+        open_ref = partial(_in_memory, reference)
+    if not isinstance(detector, Detector):
+        configure_backends()
+        detector = load_detector(str(detector), pick_device(None if device is None else str(device)), resize)
+    extractor = Extractor(detector, batch, workers)
+    expected = extractor.reference(open_ref(), keep, moments=not keep)
+    return extractor.describe(source, [np.arange(len(source))], keep, moments=not keep)[0], expected
 
 
 def _in_memory(images: ArrayLike) -> ImageDataset:

@@ -18,7 +18,7 @@ import numpy as np
 from dnnlib import UserError, sha256_of
 from models.registry import ASSETS
 from torch_utils import distributed
-from torch_utils.arrays import Header, read_arrays, read_headers, read_meta
+from torch_utils.arrays import described, read_arrays, read_headers, read_meta
 from torch_utils.metrics.features import choose
 from torch_utils.metrics.frechet import check_moments
 from torch_utils.metrics.image_set import ImageDataset
@@ -127,13 +127,9 @@ def open_source(path: str | Path, statistics: bool = False) -> Source:
     if has_statistics:
         return StoredStatistics.read(path)
     raise UserError(
-        f"{path} holds {_described(headers)}; expected one uint8 array of images [N, H, W, 1 or 3], features, "
+        f"{path} holds {described(headers)}; expected one uint8 array of images [N, H, W, 1 or 3], features, "
         "or statistics mu and sigma"
     )
-
-
-def _described(headers: dict[str, Header]) -> str:
-    return ", ".join(f"{name} {header}" for name, header in headers.items())[:300] or "nothing"
 
 
 def open_images(path: str | Path) -> ImageDataset | StoredFeatures:
