@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Conditions:
         """Parts of `size` samples, the last one may be smaller."""
         return [self.map(lambda part: part[i : i + size]) for i in range(0, len(self), size)]  # noqa: B023  # called now
 
-    def expand(self, batch: int) -> Conditions:
-        """For `batch` samples, from those for as many or for one."""
+    def expand(self, batch: int, *rest: int) -> Conditions:
+        """For `batch` samples, from those for as many or for one; as that of tensors, whose other sizes stay."""
         return self.map(lambda part: part.expand(batch, *part.shape[1:]))
 
     @property
@@ -60,12 +60,8 @@ class Conditions:
     @staticmethod
     def cat(several: Sequence[Conditions]) -> Conditions:
         """One batch of several."""
-        return Conditions(*(_cat([getattr(c, f.name) for c in several]) for f in fields(Conditions)))  # type: ignore[arg-type]
-
-
-def _cat(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+        tokens, *others = zip(*(conditions.parts for conditions in several))
+        return Conditions(torch.cat(tokens), *(None if None in parts else torch.cat(parts) for parts in others))
 
 
 class Captions:

@@ -90,11 +90,7 @@ class DiffusersPrecond(Precond):
     def _condition(self, class_labels: Tensor | None, condition: Any, x: Tensor) -> Any:
         if self.label_dim and class_labels is None and not self.model.family.null_class:
             raise ValueError("this network has no class for none: it takes class_labels and no guidance")
-        if self.context_dim is None:
-            return super()._condition(class_labels, condition, x)
-        if condition is None or class_labels is not None:
-            raise ValueError("this model is conditioned on text: it takes a condition and no labels")
-        return condition.expand(x.shape[0])
+        return super()._condition(class_labels, condition, x)
 
     def example_condition(self, batch: int, device: torch.device) -> Any:
         """What the network may be conditioned on: classes in turn, random text conditions, or None for neither."""
@@ -131,7 +127,7 @@ class DiffusersPrecond(Precond):
         self.model.net.enable_gradient_checkpointing()
 
 
-def make_noise(noise: Mapping[str, Any], source: str = "the network") -> TableNoise | FlowNoise:
+def make_noise(noise: Mapping[str, Any]) -> TableNoise | FlowNoise:
     """The noise levels that `DiffusersPrecond` is told of.
 
     Raises:
@@ -139,22 +135,22 @@ def make_noise(noise: Mapping[str, Any], source: str = "the network") -> TableNo
     """
     steps, kind, shift = (noise.get(key) for key in ("num_train_timesteps", "prediction_type", "shift"))
     if type(steps) is not int or not 2 <= steps <= 100_000:
-        raise UserError(f"{source} says num_train_timesteps {str(steps)[:40]}; expected 2 to 100000")
+        raise UserError(f"the network says num_train_timesteps {str(steps)[:40]}; expected 2 to 100000")
     if kind == FLOW:
         if not isinstance(shift, (int, float)) or not 1e-3 <= shift <= 1e3:
-            raise UserError(f"{source} says shift {str(shift)[:40]}; expected 0.001 to 1000")
+            raise UserError(f"the network says shift {str(shift)[:40]}; expected 0.001 to 1000")
         return FlowNoise(float(shift), steps)
     if kind not in PREDICTIONS:
-        raise UserError(f"{source} says prediction_type {str(kind)[:40]!r}; expected {', '.join(PREDICTIONS)}")
+        raise UserError(f"the network says prediction_type {str(kind)[:40]!r}; expected {', '.join(PREDICTIONS)}")
     zero_snr = noise.get("rescale_betas_zero_snr") or False
     if type(zero_snr) is not bool:
-        raise UserError(f"{source} says rescale_betas_zero_snr {str(zero_snr)[:40]!r}; expected true or false")
+        raise UserError(f"the network says rescale_betas_zero_snr {str(zero_snr)[:40]!r}; expected true or false")
     try:
         levels = alpha_table(_variances(noise, steps), zero_snr)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{source} has no usable noise schedule ({error})") from None
+        raise UserError(f"the network has no usable noise schedule ({error})") from None
     if len(levels) < 2 or not 0 < levels[0] < 1 or not (levels.diff() < 0).all():
-        raise UserError(f"{source} has no usable noise schedule; expected betas between 0 and 1")
+        raise UserError("the network has no usable noise schedule; expected betas between 0 and 1")
     return TableNoise(levels)
 
 

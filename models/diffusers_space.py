@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ class FolderSpace:
     def __init__(self, folder: Folder) -> None:
         self.folder, self.scaling = folder, _read_scaling(folder.path / "vae" / "config.json")
         self._decoder: Any = None
-        self._text: TextEncoders | None = None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in about [-1, 1], float32, from latents `[B, C, h, w]`; a few at a time."""
@@ -77,24 +77,23 @@ class FolderSpace:
 
     def encode_text(self, prompts: Sequence[str], device: torch.device) -> Conditions:
         """Conditions of captions, float32 on `device`."""
-        return self.text().encode(prompts, device)
+        return self.text.encode(prompts, device)
 
     def encode_nothing(self, device: torch.device) -> Conditions:
         """What guidance compares with: the empty caption, or zeros where the pipeline says so."""
         empty = self.encode_text([""], device)
-        if self.text().is_sdxl and self.folder.index().get("force_zeros_for_empty_prompt", True):
+        if self.text.is_sdxl and self.folder.index().get("force_zeros_for_empty_prompt", True):
             return replace(empty.map(torch.zeros_like), time_ids=empty.time_ids)
         return empty
 
     def prepare(self, prompts: Sequence[str], device: torch.device) -> bool:
         """Encode a run's captions and let the text encoders leave the device; False if they are too many to keep."""
-        return self.text().prepare(prompts, device)
+        return self.text.prepare(prompts, device)
 
+    @cached_property
     def text(self) -> TextEncoders:
-        """The text encoders."""
-        if self._text is None:
-            self._text = TextEncoders(self.folder)
-        return self._text
+        """The text encoders, which are read at first use."""
+        return TextEncoders(self.folder)
 
 
 def _read_scaling(file: Path) -> LatentScale:

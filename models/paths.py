@@ -11,7 +11,7 @@ from torch_utils.checkpoint import read_settings
 
 from .published.diffusers import is_stable_diffusion
 from .published.diffusers_folder import folder_digest
-from .published.reference_students import is_reference_student
+from .published.edm_pickle import read_edm_pickle
 
 RUNS_DIR = Path("exps")
 #: A student of a run directory; the published code writes pickles.
@@ -84,7 +84,7 @@ def is_teacher_file(path: Path) -> bool:
     if is_stable_diffusion(path):
         return True
     if path.suffix == ".pkl":
-        return not is_reference_student(path)
+        return not read_edm_pickle(path).is_student
     return read_settings(path).get("format") == "teacher"
 
 

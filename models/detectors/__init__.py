@@ -189,15 +189,11 @@ def _inception(path: Path, resize: str, device: torch.device) -> Detector:
     return detector
 
 
-def fetch_dinov2() -> Path:
-    from dnnlib.download import cache_dir, fetch
-
-    return fetch((DINOV2_URL,), cache_dir() / DINOV2_URL.rsplit("/", 1)[-1])
-
-
 def _dinov2(device: torch.device) -> Detector:
     """ViT-L/14; a Fréchet distance in its features is what papers call FD-DINOv2."""
-    path = fetch_dinov2()
+    from dnnlib.download import cache_dir, fetch
+
+    path = fetch((DINOV2_URL,), cache_dir() / DINOV2_URL.rsplit("/", 1)[-1])
     network = _fill(DINOv2(), path, device)
     return Detector(DINOV2, f"FD({DINOV2})", sha256_of(path), "antialiased bicubic, 224", network, device)
 

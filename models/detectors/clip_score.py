@@ -17,23 +17,13 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError, first_line, need, sha256_of
-from dnnlib.download import HUB, cache_dir, fetch
 
-from ..networks.clip_text import INSTALL_TRANSFORMERS
+from ..networks.clip_text import CLIP, INSTALL_TRANSFORMERS, TOKENIZER_FILES, fetch_clip
 
-#: The model whose text side conditions Stable Diffusion; its authors give no checksums.
-DEFAULT = "clip-vit-large-patch14"
+#: The model whose text side conditions Stable Diffusion.
+DEFAULT = CLIP
 WEIGHTS = "model.safetensors"
-FILES = (WEIGHTS, "config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-         "special_tokens_map.json")  # fmt: skip
-
-
-def fetch_clip() -> Path:
-    """The folder of `DEFAULT` in the cache directory, its files fetched where they are not there."""
-    folder = cache_dir() / DEFAULT
-    for name in FILES:
-        fetch([f"{HUB}openai/{DEFAULT}/resolve/main/{name}"], folder / name)
-    return folder
+FILES = (WEIGHTS, "config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 
 
 class ClipScorer:
@@ -49,7 +39,7 @@ class ClipScorer:
 
     def __init__(self, model: str, device: torch.device | str) -> None:
         need("transformers", INSTALL_TRANSFORMERS)
-        folder = fetch_clip() if model == DEFAULT else Path(model)
+        folder = fetch_clip(FILES) if model == DEFAULT else Path(model)
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder} holds no {WEIGHTS}; expected {DEFAULT}, or a folder of a CLIP model", "model")
         self.name, self.sha256, self.device = folder.resolve().name, sha256_of(folder / WEIGHTS), torch.device(device)

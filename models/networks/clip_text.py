@@ -22,7 +22,8 @@ from torch_utils.checkpoint import PathLike, check_state_dict
 
 from ..conditions import Captions, Conditions
 
-TOKENIZER = "clip-vit-large-patch14"
+#: Its authors give no checksums.
+CLIP = "clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 #: Those without which there is no tokenizer; the other two repeat what transformers takes for granted.
 NEEDED_FILES = TOKENIZER_FILES[:2]
@@ -118,17 +119,22 @@ def find_tokenizer(source: PathLike | None = None) -> Path:
     if not own:
         if source is not None and all((Path(source) / "tokenizer" / name).is_file() for name in NEEDED_FILES):
             return Path(source) / "tokenizer"
-        folder = cache_dir() / TOKENIZER
-        for name in TOKENIZER_FILES:
-            fetch([f"{HUB}openai/{TOKENIZER}/resolve/main/{name}"], folder / name)
-        return folder
+        return fetch_clip(TOKENIZER_FILES)
     missing = [name for name in NEEDED_FILES if not (Path(own) / name).is_file()]
     if missing:
         raise UserError(
             f"SFD_CLIP_TOKENIZER={own} does not hold {' and '.join(missing)}; "
-            f"expected a directory with the tokenizer of openai/{TOKENIZER}"
+            f"expected a directory with the tokenizer of openai/{CLIP}"
         )
     return Path(own)
+
+
+def fetch_clip(names: Sequence[str]) -> Path:
+    """The folder of CLIP ViT-L/14 in the cache directory, these files of it fetched where they are not there."""
+    folder = cache_dir() / CLIP
+    for name in names:
+        fetch([f"{HUB}openai/{CLIP}/resolve/main/{name}"], folder / name)
+    return folder
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> Any:
@@ -137,12 +143,12 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Any:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(
-            f"{folder} does not hold a usable tokenizer ({first_line(error)}); expected that of openai/{TOKENIZER}"
+            f"{folder} does not hold a usable tokenizer ({first_line(error)}); expected that of openai/{CLIP}"
         ) from None
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has a token {highest}, the text model {vocab_size} tokens; "
-            f"expected the tokenizer of openai/{TOKENIZER}"
+            f"expected the tokenizer of openai/{CLIP}"
         )
     return tokenizer

@@ -31,19 +31,12 @@ from .transformer_blocks import OWN, SpatialTransformer, norm_of
 ATTENTION_TYPES = ("legacy", "flash", "transformer")
 
 
-class StridedConv2d(Conv2d):
-    """Convolution at every second pixel."""
-
-    def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, *self._weights(x), stride=2, padding=padding)
-
-
 class Downsample(nn.Module):
     """Convolution with stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = StridedConv2d(channels, channels, kernel=3, **OWN)
+        self.op = Conv2d(channels, channels, kernel=3, stride=2, **OWN)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

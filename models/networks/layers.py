@@ -176,14 +176,13 @@ class Conv2d(Weighted):
         down: bool = False,
         resample_filter: Sequence[float] = (1, 1),
         fused: bool = False,
+        stride: int = 1,
         gain: float = 1.0,
         init: Init = DEFAULT_INIT,
         init_bias: Init = zeros,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.up, self.down, self.fused, self.gain = up, down, fused, gain
+        self.up, self.down, self.fused, self.stride, self.gain = up, down, fused, stride, gain
         fans = (in_channels * kernel**2, out_channels * kernel**2)
         self.weight = nn.Parameter(init([out_channels, in_channels, kernel, kernel], *fans)) if kernel else None
         self.bias = nn.Parameter(init_bias([out_channels], *fans)) if kernel else None
@@ -204,7 +203,7 @@ class Conv2d(Weighted):
         return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
 
     def _convolve(self, x: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, *self._weights(x), padding=padding)
+        return F.conv2d(x, *self._weights(x), stride=self.stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         pad = 0 if self.weight is None else self.weight.shape[-1] // 2

@@ -28,11 +28,6 @@ REQUIRED = ("dataset_name", "num_steps", "afs", "schedule_type", "schedule_rho")
 OPTIONAL = ("use_step_condition", "is_second_stage")
 
 
-def is_reference_student(path: str | os.PathLike) -> bool:
-    """Whether a pickle is a student rather than a teacher, by what it holds beside the network."""
-    return read_edm_pickle(path).is_student
-
-
 def read_reference_student(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], SamplingSettings]:
     """Read a student of the reference → (`class` and constructor arguments of the network, its tensors, settings).
 
