@@ -6,7 +6,8 @@ A description comes from a file that anybody may have made, so it is checked bef
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,19 @@ def describe_network(spec: Mapping[str, Any], source: str) -> Precond:
             f"{source} holds a network of class {first_line(repr(name), 40)}; expected {', '.join(DENOISERS)}"
         )
     _check_arguments(DENOISERS[name], arguments, source)
-    try:
-        with torch.device("meta"):
+    with buildable(source), torch.device("meta"):
+        try:
             return DENOISERS[name](**arguments)
-    except UserError as error:
-        raise UserError(f"{source} describes a network that is not covered: {error.message}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        except UserError as error:
+            raise UserError(f"{source} describes a network that is not covered: {error.message}") from None
+
+
+@contextmanager
+def buildable(source: str | Path) -> Iterator[None]:
+    """Within, a description that nothing can be built from is one clear line."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise UserError(f"{source} describes a network that cannot be built ({first_line(error)})") from None
 
 

@@ -61,7 +61,7 @@ class Conditions:
     def cat(several: Sequence[Conditions]) -> Conditions:
         """One batch of several."""
         tokens, *others = zip(*(conditions.parts for conditions in several))
-        return Conditions(torch.cat(tokens), *(None if None in parts else torch.cat(parts) for parts in others))
+        return Conditions(torch.cat(tokens), *(None if parts[0] is None else torch.cat(parts) for parts in others))
 
 
 class Captions:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from dnnlib import UserError
 
+from .building import buildable
 from .conditions import Conditions
 from .diffusers_text import TextEncoders
 from .latent import LatentScale, LatentSpace, decoding_in
 from .networks.diffusers_modules import build_module, check_numbers, import_diffusers
 from .published.diffusers import read_json
-from .published.diffusers_folder import Folder, buildable, load_weights
+from .published.diffusers_folder import Folder, load_weights
 
 #: Latents that are decoded at a time: images are much larger.
 DECODED = 4

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import UserError, first_line
 from torch_utils.device import PRECISIONS, moved_to, tensor_floats
 
 from .networks.autoencoders import Autoencoder, load_autoencoder
@@ -65,6 +65,14 @@ class LatentScale:
             raise ValueError("scale and bias of latents are not a number for each channel")
         if not all(type(v) is float and math.isfinite(v) for v in self.scale + self.bias) or 0 in self.scale:
             raise ValueError("scale and bias of latents are not usable numbers")
+
+    @classmethod
+    def from_json(cls, values: Any, source: str) -> LatentScale:
+        """Build from what a student file records; anything malformed is one clear line."""
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source} is damaged: {first_line(error)}") from None
 
     def latents(self, states: Tensor) -> Tensor:
         """What the autoencoder made, from states `[B, C, h, w]`."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dnnlib import UserError, first_line, sha256_of
+from dnnlib import UserError, sha256_of
 from torch_utils.checkpoint import read_network, read_settings, save_network
 from torch_utils.device import moved_to
 
@@ -26,13 +24,13 @@ from .networks.layers import freeze
 from .noise import HIGHEST
 from .paths import digest_of, find_model, find_student, is_teacher_file, own_name
 from .precond import CFGPrecond, Precond
-from .published.diffusers import is_folder, is_stable_diffusion, read_first_stage
+from .published.diffusers import is_folder, is_stable_diffusion
 from .published.diffusers_folder import open_folder, read_denoiser
 from .published.edm_pickle import read_edm_pickle
-from .published.networks import latent_network, published_network, read_published
+from .published.networks import latent_network, published_network, read_autoencoder, read_published
 from .published.reference_students import read_reference_student
 from .published.state_dicts import FIRST_STAGE, TEXT
-from .registry import ROWS, DatasetSpec, fetch_autoencoder, fetch_weights, get_row
+from .registry import ROWS, DatasetSpec, fetch_weights, get_row
 
 #: What describes the autoencoder of EDM2's networks on latents, those of the user too.
 EDM2_LATENTS = "edm2-img512"
@@ -222,7 +220,7 @@ def _latent_space(
             raise UserError(f"{source} scales {len(scale.scale)} channels, its network has {net.img_channels}")
         row = ROWS.get(dataset_name)
         config = read_config(EDM2_LATENTS if row is None or row.config is None else row.config)
-        return LatentSpace(config, partial(_read_autoencoder, config["first_stage"]), scale)
+        return LatentSpace(config, partial(read_autoencoder, config["first_stage"]), scale)
     if not isinstance(net, CFGPrecond):
         return None
     row, has_text = ROWS.get(dataset_name), net.context_dim is not None
@@ -247,11 +245,6 @@ def _folder_space(net: DiffusersPrecond, sampling: SamplingSettings, source: str
     if (folder.module, folder.config["in_channels"]) != (net.init_kwargs["module"], net.img_channels):
         raise UserError(f"{source} is a student of a {net.init_kwargs['module']}, {folder.path} holds another model")
     return read_space(folder)
-
-
-def _read_autoencoder(stage: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
-    path = fetch_autoencoder()
-    return read_first_stage(path, stage), path
 
 
 def _read_own_teacher(path: Path) -> tuple[Precond, LatentScale | None]:
@@ -326,7 +319,9 @@ def load_student(
     else:
         sampling = read_sampling(path)
         tensors, settings = read_network(path)
-        spec, scale = settings["network"], _recorded_scale(settings.get("latents"), path)
+        spec = settings["network"]
+        if settings.get("latents") is not None:
+            scale = LatentScale.from_json(settings["latents"], str(path))
     if teacher_path is not None:
         sampling = with_teacher(sampling, teacher_path, str(path))
     net = build_network(spec, tensors, str(path))
@@ -394,14 +389,6 @@ def load_teacher_of(student: Student, source: str) -> DiffusionModel:
         )
     device, is_guided = next(student.parameters()).device, s.training_guidance_rate != 1
     return load_teacher(s.dataset_name, s.teacher_path, device, s.guide_path, with_guide=is_guided)
-
-
-def _recorded_scale(values: Any, path: Path) -> LatentScale | None:
-    """How a student's latents are scaled, if its file says so."""
-    try:
-        return None if values is None else LatentScale(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
 def read_sampling(path: str | os.PathLike) -> SamplingSettings:

