@@ -123,9 +123,9 @@ def planned_evaluation(
 @click.option(
     "--is_second_stage", help="Distil the student of --model_path further, to 1 NFE", type=bool, default=False
 )
-@click.option("--lpips", help="Second stage in pixel space: perceptual loss on the last step, as the published code "
-              "computes it, as its authors define it, or none",
-              type=click.Choice(["reference", "standard", "off"]), default="reference")  # fmt: skip
+@click.option("--lpips", help="Second stage: perceptual loss on the last step; in pixel space LPIPS as the published "
+              "code computes it or as its authors define it; by the teacher's own features, which need no download; or "
+              "none", type=click.Choice(["reference", "standard", "teacher", "off"]), default="reference")  # fmt: skip
 @section("Guidance")
 @click.option("--guidance_rate", help="Rate at which the teacher is guided in training; its student is sampled without "
               "guidance, in half the evaluations; default: 1, none", type=Real(-1000, 1000))  # fmt: skip

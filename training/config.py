@@ -258,8 +258,10 @@ def check(config: DistillConfig) -> None:
             "--denoise_to_zero=True is for the first stage, whose teacher is a diffusion model; the second stage takes "
             "over what its teacher learnt, leave it out"
         )
-    if config.lpips == "standard" and not config.is_second_stage:
-        raise UserError("--lpips=standard is a loss of the second stage; add --is_second_stage=True, or leave it out")
+    if config.lpips in ("standard", "teacher") and not config.is_second_stage:
+        raise UserError(
+            f"--lpips={config.lpips} is a loss of the second stage; add --is_second_stage=True, or leave it out"
+        )
     if config.use_step_condition and not config.is_second_stage and config.num_steps not in VARIABLE_STEPS:
         raise UserError(
             f"--num_steps={config.num_steps} with --use_step_condition=True is not one of {span(VARIABLE_STEPS)}"

@@ -11,7 +11,8 @@ needs no network and trains nothing.
 The second stage of a model in pixel space adds LPIPS on the last step. The published code adds the mean LPIPS of the
 batch to every element of |x_{N−1} − x̃_{N−1}| before the sum. That equals C·H·W · LPIPS(x_{N−1}, x̃_{N−1}) beside the L1
 norm of each sample, which does not depend on how a batch is split; in the mean over elements, both weigh the same.
-This weight, the customary one where first stages are trained (VQGAN), is used for both forms of LPIPS.
+This weight, the customary one where first stages are trained (VQGAN), is used for both forms of LPIPS, and for the
+distance by features of the teacher's own encoder, which serves latents too and has nothing to fetch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError
+from models.detectors.encoder import EncoderDistance
 from models.detectors.lpips import LPIPS, load_lpips
 from models.loading import load_student, load_teacher
 from models.model import Cond, DiffusionModel, SamplingSettings, Student
@@ -35,6 +37,8 @@ from .config import DistillConfig, first_student
 from .optimizers import make_optimizer
 
 EULER = get_solver("euler")
+#: Distance of two batches of states with their conditions, one for each pair.
+Perceptual = LPIPS | EncoderDistance
 
 
 def load_source(
@@ -97,29 +101,34 @@ class Teacher:
         return states
 
 
-def perceptual_loss(config: DistillConfig, student: DiffusionModel) -> LPIPS | None:
-    """What the last step of a run adds to L1: LPIPS in the second stage in pixel space; None for nothing.
+def perceptual_loss(config: DistillConfig, source: DiffusionModel) -> Perceptual | None:
+    """What the last step of a second stage adds to L1, by what it distils; None for nothing.
 
     Raises:
-        UserError: its weights are not to be had, or the student's images are not RGB or grey.
+        UserError: weights of LPIPS are not to be had, images are not RGB or grey, or the teacher has no encoder.
     """
     if not config.is_second_stage or config.lpips == "off":
         return None
-    if student.is_latent:
+    if config.lpips == "teacher":
+        return EncoderDistance(source)
+    if source.is_latent:
         if config.lpips == "standard":
             raise UserError(
-                f"--lpips=standard compares images, and {student.dataset_name} is distilled on latents; leave it out"
+                f"--lpips=standard compares images, and {source.dataset_name} is distilled on latents; leave it out, "
+                "or use --lpips=teacher"
             )
         return None
-    if student.img_channels not in (1, 3):
+    if source.img_channels not in (1, 3):
         raise UserError(
-            f"--lpips={config.lpips} compares RGB or grey images, the model has {student.img_channels} channels; "
-            "use --lpips=off"
+            f"--lpips={config.lpips} compares RGB or grey images, the model has {source.img_channels} channels; "
+            "use --lpips=off or --lpips=teacher"
         )
     try:
-        return load_lpips(config.lpips, next(student.parameters()).device)
+        return load_lpips(config.lpips, next(source.parameters()).device)
     except UserError as error:
-        raise UserError(f"{error.message}; --lpips=off trains without it") from None
+        raise UserError(
+            f"{error.message}; --lpips=off trains without it, --lpips=teacher with its own features"
+        ) from None
 
 
 def distance(new: Tensor, target: Tensor, knee: float | None = None) -> Tensor:
@@ -151,7 +160,7 @@ class Distiller:
     Args:
         teacher, student, config: as the run has them.
         micro_batch_size: samples at a time.
-        lpips: what `perceptual_loss` gives for the run.
+        perceptual: what `perceptual_loss` gives for the run.
 
     Attributes:
         skipped: number of optimizer steps left out because the loss or a gradient was not finite; a device tensor.
@@ -165,9 +174,9 @@ class Distiller:
         student: Student,
         config: DistillConfig,
         micro_batch_size: int,
-        lpips: LPIPS | None = None,
+        perceptual: Perceptual | None = None,
     ) -> None:
-        self.teacher, self.student, self.config, self.lpips = teacher, student, config, lpips
+        self.teacher, self.student, self.config, self.perceptual = teacher, student, config, perceptual
         self.micro_batch_size = micro_batch_size
         self.device = next(student.parameters()).device
         self.trained = [p for p in student.parameters() if p.requires_grad]
@@ -215,7 +224,7 @@ class Distiller:
     ) -> list[Tensor]:
         """One Euler step of every micro-batch, then one optimizer step; returns the detached new states."""
         analytical = sampling.afs and i == 0
-        lpips = self.lpips if i == sampling.num_steps - 2 else None
+        perceptual = self.perceptual if i == sampling.num_steps - 2 else None
         local_batch = sum(len(x) for x in states)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -225,8 +234,8 @@ class Distiller:
             new = solve(EULER, denoise, x, sigmas, afs=analytical)[-1]
             # Gradients are averaged over ranks, so dividing by the local batch divides by the whole one.
             loss = distance(new, target, self.config.loss_knee).sum() / local_batch
-            if lpips is not None:
-                loss = loss + lpips(new, target).sum() * (new[0].numel() / local_batch)
+            if perceptual is not None:
+                loss = loss + perceptual(new, target, cond).sum() * (new[0].numel() / local_batch)
             if not analytical:
                 loss.backward()
             total += loss.detach()

@@ -198,15 +198,15 @@ def train(
     shown = prompts if validation_prompts is None else _captions_of(student, validation_prompts)
     if prompts is not None and isinstance(student.latent, FolderSpace):
         student.latent.prepare([*prompts.texts, *(shown.texts if shown else [])], device)
-    lpips = perceptual_loss(config, student)
+    perceptual = perceptual_loss(config, teacher.model)
     launch: dict[str, Any] = {"processes": distributed.world_size(), "batch_gpu": batch_gpu, "device": str(device)}
     launch |= {"gradient_checkpointing": gradient_checkpointing, "deterministic": deterministic}
     launch |= {"cuda_graph": cuda_graph, "torch": torch.__version__, **vars(intervals), "log": log}
     opened = distributed.on_first_rank(lambda: runs.open_run(place, config, launch))
     if opened.is_finished:  # by a process that was faster
         return _finish(opened.path)
-    size = largest_micro_batch(teacher, student, lpips, share) if batch_gpu == "auto" else share
-    distiller = Distiller(teacher, student, config, size, lpips)
+    size = largest_micro_batch(teacher, student, perceptual, share) if batch_gpu == "auto" else share
+    distiller = Distiller(teacher, student, config, size, perceptual)
     state = TrainingState(distiller, Health(distiller))
     report = Report(opened.path, state, shown)
     graphs.say = report.log

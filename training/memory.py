@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnnlib import UserError, first_line
-from models.detectors.lpips import LPIPS
 from models.model import Student
 from models.precond import Precond
 from torch_utils.device import PRECISIONS
 from torch_utils.distributed import BUCKET_BYTES
 
 from .config import DistillConfig
-from .distill import Teacher
+from .distill import Perceptual, Teacher
 from .inputs import random_inputs
 
 META = torch.device("meta")
@@ -130,13 +129,15 @@ class StorageCounter(TorchDispatchMode):
         return out
 
 
-def largest_micro_batch(teacher: Teacher, student: Student, lpips: LPIPS | None, share: int) -> int:
+def largest_micro_batch(teacher: Teacher, student: Student, perceptual: Perceptual | None, share: int) -> int:
     """The largest micro-batch of a process' `share` that fits in the memory of its GPU; off the GPU, all of it."""
     on_gpu = next(student.parameters()).device.type == "cuda"
-    return fitting_size(memory_trial(teacher, student, lpips, share), share) if on_gpu else share
+    return fitting_size(memory_trial(teacher, student, perceptual, share), share) if on_gpu else share
 
 
-def memory_trial(teacher: Teacher, student: Student, lpips: LPIPS | None, share: int) -> Callable[[int], None]:
+def memory_trial(
+    teacher: Teacher, student: Student, perceptual: Perceptual | None, share: int
+) -> Callable[[int], None]:
     """Takes the memory of an iteration with micro-batches of a given size, and leaves nothing.
 
     That is one evaluation of the teacher, and one step of the student, beside room for all that an iteration keeps: the
@@ -155,8 +156,9 @@ def memory_trial(teacher: Teacher, student: Student, lpips: LPIPS | None, share:
         try:
             new = student.net(**inputs, step_condition=student.sampling.step_condition)
             loss = (new - target).abs().sum()
-            if lpips is not None:
-                loss = loss + lpips(new, target).sum()
+            if perceptual is not None:
+                cond = inputs.get("class_labels", inputs.get("condition"))
+                loss = loss + perceptual(new, target, cond).sum()
             loss.backward()
         finally:
             student.zero_grad(set_to_none=True)

@@ -83,14 +83,17 @@ class LPIPS(nn.Module):
         self.register_buffer("deviation", torch.tensor(deviation).reshape(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair, `[B]` float32, of images `[B, 1 or 3, H, W]` in [-1, 1]; grey ones become RGB."""
+    def forward(self, x: Tensor, y: Tensor, cond: object = None) -> Tensor:
+        """Distance of each pair, `[B]` float32, of images `[B, 1 or 3, H, W]` in [-1, 1]; grey ones become RGB.
+
+        What the images show, `cond`, is of use to other distances only.
+        """
         distance = torch.zeros(len(x), device=x.device)
         a, b = self._prepare(x), self._prepare(y)
         for index, layer in enumerate(self._layers):
             a, b = layer(a), layer(b)
             if index in self._heads:
-                distance = distance + self._heads[index]((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3))
+                distance = distance + self._heads[index]((unit(a) - unit(b)).square()).mean(dim=(1, 2, 3))
         return distance
 
     def _prepare(self, images: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class LPIPS(nn.Module):
         return (images - self.mean) / self.deviation
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit(features: Tensor) -> Tensor:
     """Each pixel's features divided by their norm; the gradient is zero, not infinite, where all of them are zero."""
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPSILON)
 
