@@ -235,13 +235,13 @@ torch.set_num_threads(1)
 distributed.init(torch.device("cpu"))
 found = []
 for compression in (None, torch.bfloat16):
-    for bucket_bytes in (1, 100, 1 << 20):
+    for distributed.BUCKET_BYTES in (1, 100, 1 << 20):
         params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((7, 3), (5,), (2, 2, 3, 3))]
         rng = torch.Generator().manual_seed(distributed.rank())
         for p in params[:2]:
             p.grad = torch.randn(p.shape, generator=rng)
         params[0].grad = params[0].grad.T.contiguous().T  # any memory order
-        distributed.average_gradients(params, compression, bucket_bytes)
+        distributed.average_gradients(params, compression)
         assert params[2].grad is None
         found.append(torch.cat([p.grad.flatten() for p in params[:2]]).tolist())
 if distributed.rank() == 0:

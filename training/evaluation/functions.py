@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,8 @@ def feature_sets(
     if isinstance(reference, (str, Path)):
         open_ref: Callable[[], Source] = open_reference(str(reference), statistics=not keep)
     else:
-        open_ref = partial(_in_memory, reference)
+        in_memory = _in_memory(reference)  # now, so that what is wrong is found before a detector is loaded
+        open_ref = lambda: in_memory  # noqa: E731
     if not isinstance(detector, Detector):
         configure_backends()
         detector = load_detector(str(detector), pick_device(None if device is None else str(device)), resize)
