@@ -70,7 +70,8 @@ def _outputs(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
 
     def keep(block: nn.Module, inputs: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        # A level of diffusers gives its last features, and beside them those of all its layers.
+        kept.extend(output[1] if isinstance(output, tuple) else [output])
 
     hooks = [block.register_forward_hook(keep) for block in blocks]
     try:

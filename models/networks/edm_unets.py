@@ -7,6 +7,7 @@ SFD-v exists only with `use_step_condition=True`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from .initial import kaiming_normal, kaiming_uniform, xavier_uniform, zeros
 from .layers import Conv2d, GroupNorm, Linear, UNetBlock
 
 
-class LevelledUNet(nn.Module):
+class LevelledUNet(nn.Module, ABC):
     """A U-Net whose encoder goes down through resolutions that halve, and whose decoder comes up again.
 
     A subclass says what a block is, and calls `_build_levels`. The decoder's blocks whose names have `block` take over
@@ -35,9 +36,9 @@ class LevelledUNet(nn.Module):
     #: Whether every decoder block of an attention resolution attends, or the last one only.
     _attends_throughout = True
 
+    @abstractmethod
     def _make_block(self, in_channels: int, out_channels: int, is_encoder: bool, **kind: Any) -> nn.Module:
         """A residual block; `kind` is one of `up`, `down` and `attention`, or nothing."""
-        raise NotImplementedError
 
     def _build_levels(
         self,
@@ -111,9 +112,9 @@ class _UNet(LevelledUNet):
         x, skips = self._encode(x, emb, step_emb)
         return self._decode(x, skips, emb, step_emb)
 
+    @abstractmethod
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """`[1 or B, emb_channels]` of everything but the step condition."""
-        raise NotImplementedError
 
     def _encode(self, x: Tensor, emb: Tensor, step_emb: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The last features, and those that the decoder takes over."""
@@ -131,8 +132,9 @@ class _UNet(LevelledUNet):
                 skips.append(x)
         return x, skips
 
+    @abstractmethod
     def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, step_emb: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The output `[B, out_channels, H, W]`."""
 
     def _build_step_mapping(self, embedding: nn.Module, channels: int, init: dict[str, Any]) -> None:
         self.map_step = embedding

@@ -18,7 +18,10 @@ from test_edm2_teachers import BIAS, LATENTS, PIXELS, SCALE, cache, published  #
 from test_edm2_teachers import NETWORK as EDM2_NETWORK
 from tiny import NETWORK, SAMPLE, TRAIN, Patches, flags, invoke, only_run, png_names, tiny_network, write_images
 
+from dnnlib import UserError
 from models import EDM2Precond
+from models.detectors.encoder import EncoderDistance
+from models.loading import load_teacher
 
 #: Two short iterations.
 SHORT = dict(total_kimg=0.008, batch=4, M=0, tick=0.004, lr=1e-3)
@@ -127,3 +130,24 @@ def test_from_teacher_to_students_numbers_and_export(family, request, tmp_path, 
         timed = flags(teacher, dict(batch=2, precision="fp32", device="cpu"))
         assert "{" in invoke("training.bench", *timed, "--dry-run").ok().output
         assert "training iteration" in invoke("training.bench", *timed, "--quick").ok().output
+
+
+@pytest.mark.parametrize("family, blocks", [("edm", 4), ("edm2", 4), ("imagenet64_cm", 4), ("ms_coco", 4), ("unet", 3),
+                                            ("sd1", 3)])  # fmt: skip
+def test_the_encoders_of_all_u_nets_measure_distances(family, blocks, tmp_path):
+    """One block at each of two levels and what comes between; the first convolution too where it is one of a list."""
+    given = GIVEN[family]
+    with teacher_of(family, tmp_path / "cache") as (teacher, _):
+        model = load_teacher(teacher.get("dataset_name"), teacher.get("model_path"))
+        cond = model.encode_text(["a cat"] * 2) if "prompt" in given else None
+    cond = torch.eye(model.label_dim)[[0, 1]] if "class" in given else cond
+    distance = EncoderDistance(model)
+    x, y = torch.randn([2, 2, *model.shape], generator=torch.Generator().manual_seed(0))
+    assert len(distance.features(x, cond)) == blocks
+    assert distance(x, x, cond).tolist() == [0, 0] and bool((distance(x, y, cond) > 0).all())
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3"])
+def test_transformers_have_no_encoder(family, tmp_path):
+    with teacher_of(family, tmp_path / "cache") as (teacher, _), pytest.raises(UserError, match="has no encoder"):
+        EncoderDistance(load_teacher(None, teacher["model_path"]))
