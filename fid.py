@@ -48,6 +48,7 @@ from training.evaluation.records import append_records
 from training.evaluation.results import check_metrics, needs
 from training.evaluation.sources import open_images, open_reference, split_blocks
 from training.options import (
+    also_option,
     compared_seeds_option,
     describe_seeds,
     detector_options,
@@ -244,6 +245,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @main.command()
 @section("What to compare")
 @click.option("--model_path", help="Student: file, run directory or run number", metavar="PATH", required=True)
+@also_option
 @teacher_option
 @compared_seeds_option
 @click.option("--ref", help="Reference images or their features; emoji32 for those of this program", metavar="PATH",
@@ -261,7 +263,9 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
 @section("Machine")
 @precision_option
 @machine_options
-def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir: str | None, **opts: Any) -> None:
+def compare(
+    model_path: str, also: tuple[str, ...], seeds: list[int], ref: str, nearest_k: int, outdir: str | None, **opts: Any
+) -> None:
     """FID and PRDC of a student, its teacher and training-free solvers, for the same seeds: tables and a plot.
 
     A second run of the same command computes only what is missing.
@@ -269,6 +273,7 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
     \b
     Examples:
       python fid.py compare --model_path=0 --ref=emoji32 --detector=efficientnet-lite0
+      python fid.py compare --model_path=0 --also=1 --also=2 --ref=emoji32 --detector=efficientnet-lite0
     """
     device = pick_device(opts["device"], distributed.local_rank())
     precision = pick_precision(opts["precision"], device)
@@ -276,15 +281,15 @@ def compare(model_path: str, seeds: list[int], ref: str, nearest_k: int, outdir:
         raise UserError(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
     place = Path(outdir) if outdir else find_student(model_path).parent
     if opts["dry_run"]:
-        return show_plan(model_path=model_path, images=len(seeds), ref=ref, outdir=str(place),
+        return show_plan(model_path=model_path, also=[*also], images=len(seeds), ref=ref, outdir=str(place),
                          detector=opts["detector"], precision=precision, device=str(device),
                          missing=missing_paths(ref))  # fmt: skip
     open_ref = open_reference(ref, statistics=False)
     refuse_samples(place)
     distributed.on_first_rank(lambda: make_folder(place, "outdir"))
-    teacher_path = opts["teacher_path"]
-    student = open_sampler(model_path, None, SamplerOptions(), device, PRECISIONS[precision], teacher_path)
-    rows = comparison.samplers(student, precision)
+    how = SamplerOptions(), device, PRECISIONS[precision], opts["teacher_path"]
+    student, *others = (open_sampler(path, None, *how) for path in (model_path, *also))
+    rows = comparison.samplers(student, precision, others)
     extractor = open_extractor(opts)
     reference = describe_reference(ref, open_ref, extractor, keep=True)
     known = () if opts["recompute"] else (place / "metrics.jsonl", comparison.SHIPPED)

@@ -6,6 +6,7 @@ import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dnnlib import UserError, make_folder, one_line_errors, write_text
 from dnnlib.options import Command, Whole, device_option, offline_option, precision_option, section
 from dnnlib.progress import progress
 from models.latent import DECODE_PRECISIONS, pick_decode_precision
-from models.opening import ComparedSampler, OpenedSampler, open_sampler, plan_sampler, rivals
+from models.opening import ComparedSampler, OpenedSampler, named_students, open_sampler, plan_sampler, rivals
 from models.sampling import Sampler
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS, configure_backends, pick_device, pick_precision
@@ -25,6 +26,7 @@ from torch_utils.graphs import check_mode
 from torch_utils.image_writer import ImageWriter, refuse_samples
 from torch_utils.images import draw_grid, save_picture, square_rows
 from training.options import (
+    also_option,
     cuda_graph_option,
     dry_run_option,
     sample_options,
@@ -84,13 +86,19 @@ def write_grid(sampler: Sampler, seeds: list[int], class_index: int | None, batc
 
 
 def write_comparison(
-    student: OpenedSampler, seeds: list[int], class_index: int | None, batch: int, outdir: Path, dpi: int
+    student: OpenedSampler,
+    also: Sequence[OpenedSampler],
+    seeds: list[int],
+    class_index: int | None,
+    batch: int,
+    outdir: Path,
+    dpi: int,
 ) -> Path:
     """One sheet, `compare.png`: rows are samplers, columns seeds; `compare.md` has distances to the first row."""
-    plan = student.sampler.plan
+    students, plan = named_students(student, also), student.sampler.plan
     same = plan.num_steps - 1 - plan.afs  # without AFS, so many steps give the evaluations of the student
     rows = rivals(student, [("euler", same), ("dpmpp", same), ("dpmpp", 5)])
-    rows.append(ComparedSampler("student", student.sampler, student.identity))
+    rows += [ComparedSampler(label, opened.sampler, opened.identity) for label, opened in students.items()]
     images = [row.sampler.images(seeds, class_index, batch) for row in rows]
     distances = [float(np.sqrt(np.square(image / 255.0 - images[0] / 255.0).mean())) for image in images]
     make_folder(outdir, "outdir")
@@ -117,6 +125,7 @@ def write_comparison(
 @click.option("--grid", help="Write one picture grid.png of all seeds instead", type=bool, default=False)
 @click.option("--compare", help="Student: write one sheet compare.png of teacher, other solvers and student instead",
               type=bool, default=False)  # fmt: skip
+@also_option
 @click.option("--dpi", help="Dots per inch of a picture, 300 for papers; its size in inches stays, about",
               type=Whole(DPI, 1200), default=DPI)  # fmt: skip
 @solver_options
@@ -145,6 +154,8 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     check_mode(opts["cuda_graph"], device)
     pick_decode_precision(opts["decode_precision"], device)
     options = sampler_options(opts)
+    if opts["also"] and not opts["compare"]:
+        raise UserError("is for the sheet of --compare=True", "also")
     if opts["dry_run"]:
         plan = dict(model_path=model_path, dataset_name=dataset_name, images=len(seeds), batch=opts["batch"])
         sampling = plan_sampler(model_path, dataset_name, options)
@@ -154,9 +165,9 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
     configure_backends()
     distributed.init(device)
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
-    opened = open_sampler(
-        model_path, dataset_name, options, device, dtype, teacher_path, opts["cuda_graph"], opts["decode_precision"]
-    )
+    how = device, dtype, teacher_path, opts["cuda_graph"], opts["decode_precision"]
+    opened = open_sampler(model_path, dataset_name, options, *how)
+    also = [open_sampler(path, dataset_name, replace(options, num_steps=None), *how) for path in opts["also"]]
     sampler, model = opened.sampler, opened.sampler.model
     model.check_class(class_index)
     # A picture among the samples would be one of the images that an evaluation counts.
@@ -171,7 +182,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
         # One picture is small work: rank 0 does it while the others wait.
         where = (seeds, class_index, opts["batch"], outdir, opts["dpi"])
         path = distributed.on_first_rank(
-            lambda: write_comparison(opened, *where) if opts["compare"] else write_grid(sampler, *where)
+            lambda: write_comparison(opened, also, *where) if opts["compare"] else write_grid(sampler, *where)
         )
         report = f"Picture: {path}"
     else:

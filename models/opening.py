@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,36 @@ class ComparedSampler:
     identity: dict[str, Any]
 
 
+def named_students(first: OpenedSampler, others: Iterable[OpenedSampler]) -> dict[str, OpenedSampler]:
+    """Students of one teacher by what tables and pictures call them: `student`, and the others by what they are.
+
+    Raises:
+        UserError: one is no student, or is that of another teacher.
+    """
+    found = {"student": first}
+    for other in others:
+        settings = _settings_of(other, "also")
+        if _teacher_of(settings) != _teacher_of(_settings_of(first, "model_path")):
+            raise UserError(
+                f"{other.name} is a student of another teacher than {first.name}; compare them apart", "also"
+            )
+        kind = "second stage" if settings.is_second_stage else "SFD-v" if settings.is_variable else "SFD"
+        label = f"student, {kind}"
+        found[f"{label} ({other.name})" if label in found else label] = other
+    return found
+
+
+def _settings_of(student: OpenedSampler, about: str) -> SamplingSettings:
+    model = student.sampler.model
+    if not isinstance(model, Student):
+        raise UserError("is a teacher; expected a student to compare with its teacher", about)
+    return model.sampling
+
+
+def _teacher_of(settings: SamplingSettings) -> tuple[str, str | None]:
+    return settings.dataset_name, settings.teacher_sha256 or teacher_digest(settings)
+
+
 #: A student's teacher at its best, and the solvers that need no training.
 BEST = "teacher, Heun"
 TRAINING_FREE = {"euler": "Euler", "dpmpp": "DPM-Solver++"}
@@ -171,10 +201,8 @@ def rivals(student: OpenedSampler, training_free: Sequence[tuple[str, int]]) -> 
     Raises:
         UserError: not a student, or its teacher is not to be had.
     """
-    model, plan = student.sampler.model, student.sampler.plan
-    if not isinstance(model, Student):
-        raise UserError("is a teacher; expected the student to compare with its teacher", "model_path")
-    settings = model.sampling
+    model, plan, settings = student.sampler.model, student.sampler.plan, _settings_of(student, "model_path")
+    assert isinstance(model, Student)
     teacher = load_teacher_of(model, student.name)
     teacher.negative_prompt = settings.negative_prompt
     teacher.compute_dtype, teacher.latent = model.compute_dtype, model.latent

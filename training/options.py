@@ -73,6 +73,8 @@ def seed_blocks(seeds: list[int], trials: int) -> list[list[int]]:
 teacher_option = click.option(
     "--teacher", "teacher_path", help="Where a student's own teacher is, if it was moved", metavar="PATH"
 )
+also_option = click.option("--also", help="One more student of the same teacher; may be given several times",
+                           metavar="PATH", multiple=True)  # fmt: skip
 cuda_graph_option = click.option(
     "--cuda_graph", help="CUDA: replay runs of the frozen network as one launch; auto: where that is faster",
     type=click.Choice(MODES), default="auto"

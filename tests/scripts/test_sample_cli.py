@@ -555,6 +555,16 @@ def test_labels_of_pictures_are_in_the_font_that_draws_them(tmp_path, monkeypatc
     assert all(text.isascii() for text in texts)
 
 
+def test_a_sheet_of_several_students():
+    also = f"--also={student('noafs')}"
+    sample(student(), also, seeds="0-1", outdir="x", compare=True).ok()
+    rows = Path("x/compare.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| student", "| student, SFD"] and len(rows) == 8
+    with Image.open("x/compare.png") as sheet:
+        assert sheet.size[1] == 16 + 6 * 64
+    sample(student(), also, seeds="0-1", outdir="y").refused("also.*--compare")
+
+
 def test_pictures_are_not_among_the_samples(tmp_path):
     """Whatever comes first, and with --outdir too; an evaluation of the folder counts the samples alone."""
     for options in ({"grid": True}, {}, {"grid": True}, {"compare": True}):

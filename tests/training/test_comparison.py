@@ -185,6 +185,29 @@ def test_a_variable_student_is_shown_at_every_nfe(files):
     assert [r["nfe"] for r in records() if r["label"] == "student"] == [2, 3, 4, 5]
 
 
+def test_more_students_of_a_teacher_are_rows_of_their_own(files, computed):
+    paths = [student(kind) for kind in ("second-variable", "seven", "plain")]
+    more = [f"--also={path}" for path in paths]
+    with known_as_tiny():
+        invoke("fid", *arguments(files, model_path=student("variable")), *more).ok()
+        name = f"{paths[2].name}-{newest_student(paths[2]).stem}"
+        labels = ["student", "student, second stage", "student, SFD", f"student, SFD ({name})"]
+        nfes = {label: [r["nfe"] for r in records() if r["label"] == label] for label in labels}
+        assert list(nfes.values()) == [[2, 3, 4, 5], [1], [5], [2]]
+        # A row of one comparison is one of another, whatever it was called there.
+        computed.clear()
+        invoke("fid", *arguments(files, model_path=paths[2])).ok()
+    assert computed == [] and Path("out/metrics.md").read_text().splitlines()[-3].startswith("| student | 2 |")
+
+
+def test_students_of_other_teachers_are_compared_apart(files):
+    invoke("fid", *arguments(files), f"--also={student('classes')}").refused(
+        "--also: .* is a student of another teacher"
+    )
+    invoke("fid", *arguments(files), f"--also={teacher()}").refused("--also: is a teacher; expected a student")
+    invoke("fid", *arguments(files), "--also=nowhere").refused("nowhere")
+
+
 def test_two_processes_give_the_same_numbers(files, tmp_path):
     invoke("fid", *arguments(files, outdir="one")).ok()
     run_ranks("fid", [*arguments(files), "--batch=2"], tmp_path, processes=2).ok()
@@ -225,7 +248,7 @@ def test_bad_input_is_one_line(files, changes, words):
 
 
 def test_a_teacher_is_refused(files):
-    invoke("fid", *arguments(files, model_path=teacher())).refused("expected the student")
+    invoke("fid", *arguments(files, model_path=teacher())).refused("expected a student")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import click
 
 from dnnlib import write_text
 from models.model import VARIABLE_STEPS, Student
-from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, rivals
+from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, named_students, rivals
 from models.registry import ASSETS
 from models.sampling import student_sampler
 from torch_utils import distributed
@@ -36,18 +36,20 @@ PROTOCOL = 1
 STEPS = (2, 3, 5)
 
 
-def samplers(student: OpenedSampler, precision: str) -> list[ComparedSampler]:
-    """The teacher at its best, training-free solvers at few steps, and the student at every NFE that it serves.
+def samplers(student: OpenedSampler, precision: str, also: Sequence[OpenedSampler] = ()) -> list[ComparedSampler]:
+    """The teacher at its best, training-free solvers at few steps, and the students at every NFE that they serve.
 
     Raises:
-        UserError: not a student, or its teacher is not to be had.
+        UserError: not a student, one of another teacher, or the teacher is not to be had.
     """
+    students = named_students(student, also)
     found = rivals(student, [(solver, steps) for solver in TRAINING_FREE for steps in STEPS])
-    model, rate = student.sampler.model, student.sampler.plan.guidance_rate
-    assert isinstance(model, Student)  # rivals refuses others
-    for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):
-        sampler = student_sampler(model, n, rate, student.sampler.prompts)
-        found.append(ComparedSampler("student", sampler, {**student.identity, "num_steps": n}))
+    for label, opened in students.items():
+        model, rate = opened.sampler.model, opened.sampler.plan.guidance_rate
+        assert isinstance(model, Student)  # named_students refuses others
+        for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):
+            sampler = student_sampler(model, n, rate, opened.sampler.prompts)
+            found.append(ComparedSampler(label, sampler, {**opened.identity, "num_steps": n}))
     return [replace(row, identity={**row.identity, "precision": precision}) for row in found]
 
 
@@ -81,7 +83,7 @@ def compare(
             prdc = distributed.on_first_rank(partial(precision_recall_density_coverage, *sets))
             shown = {"prdc": prdc, "label": row.label, "nfe": nfe}
             result = record_distance(made, real, detector, {**shown, **key}, out)
-        found.append(result)
+        found.append(result | {"label": row.label})  # of another comparison it may have had another one
     if shipped and distributed.is_first_process():
         click.echo(f"{shipped} of {len(rows)} rows ship with this program; --recompute makes them anew", err=True)
     return found
