@@ -5,6 +5,7 @@ from __future__ import annotations
 import dnnlib.early  # noqa: F401  # Ctrl-C is one line while torch is imported
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,10 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
     check(source)
     if opts["dry_run"]:
         return show_plan(**plan | {"found": len(source), "num": len(blocks[0])})
-    extractor = open_extractor(opts, opts["features"])
+    extractor = open_extractor(opts)
     check_metrics(opts["metrics"], extractor.detector)
     reference = describe_reference(ref, open_ref, extractor, keep_ref, moments)
-    sets = extractor.describe(source, blocks, keep, moments)
+    sets = extractor.describe(source, blocks, keep, moments, opts["features"])
     finish(sets, reference, extractor, dict(images=images, seed=seed), opts)
 
 
@@ -162,14 +163,14 @@ def calc(images: str, ref: str, num: int | None, seed: list[int], trials: int, *
 @detector_options
 @section("Machine")
 @machine_options
-def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
+def ref(data: str, dest: str, **opts: Any) -> None:
     """Reference statistics of a data set.
 
     \b
     Examples:
       python fid.py ref --data=my-dataset.zip --dest=my-dataset.npz
     """
-    plan = {"data": data, "dest": dest, "features": features, "detector": opts["detector"], "resize": opts["resize"]}
+    plan = {"data": data, "dest": dest, **{name: opts[name] for name in ("features", "detector", "resize")}}
     if opts["dry_run"] and (missing := missing_paths(data)):
         return show_plan(**plan, missing=missing)
     source = open_images(data)
@@ -177,8 +178,8 @@ def ref(data: str, dest: str, features: str | None, **opts: Any) -> None:
     if opts["dry_run"]:
         return show_plan(**plan, found=len(source))
     check_outputs(dest=dest)
-    extractor = open_extractor(opts, features)
-    found = extractor.describe(source, [np.arange(len(source))], keep=False)[0]
+    extractor = open_extractor(opts)
+    found = extractor.describe(source, [np.arange(len(source))], keep=False, cache=opts["features"])[0]
     meta = {"num": len(source), **extractor.detector.identity()}
     distributed.on_first_rank(lambda: write_arrays(dest, meta, mu=found.mu, sigma=found.sigma))
     say(f"Wrote mu and sigma of {len(source)} images to {dest}")
@@ -224,19 +225,16 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
     dtype, teacher_path = PRECISIONS[precision], opts["teacher_path"]
     opened = open_sampler(model_path, opts["dataset_name"], choices, device, dtype, teacher_path)
     opened.sampler.model.check_class(class_index)
-    extractor = open_extractor(opts, opts["features"])
+    extractor = open_extractor(opts)
     check_metrics(opts["metrics"], extractor.detector)
     reference = describe_reference(ref, open_ref, extractor, keep_ref, moments)
     identity = {**opened.identity, "nfe": opened.sampler.nfe, "class": class_index, "precision": precision}
-
-    def compute(block: list[int], keep: bool, moments: bool) -> FeatureSet:
-        return extractor.sampled(opened.sampler, block, class_index, keep, moments, opened.name)
-
-    if extractor.cache is None:
-        sets = [compute(block, keep, moments) for block in blocks]
+    sampled = partial(extractor.sampled, opened.sampler, class_index=class_index, desc=opened.name)
+    if opts["features"] is None:
+        sets = [sampled(block, keep=keep, moments=moments) for block in blocks]
     else:
         made_of = {"sampler": identity, "seeds": describe_seeds(seeds)}
-        features = extractor.cached(extractor.cache, made_of, lambda: compute(seeds, True, False))
+        features = extractor.cached(opts["features"], made_of, lambda: sampled(seeds, keep=True, moments=False))
         sets = [FeatureSet.from_features(features, moments)]
     record = dict(images=opened.name, sampler=identity, seeds=describe_seeds(seeds))
     finish(sets, reference, extractor, record, opts)

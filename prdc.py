@@ -96,15 +96,15 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
         return show_plan(**plan | {"num": count}, detector=opts["detector"], found=len(source))
     if num is None and count < DEFAULT_NUM:
         say(f"{images} has {count} images: all are used; compare the numbers only with those of {count} images")
-    extractor = open_extractor(opts, opts["features"])
+    extractor = open_extractor(opts)
     real_source = open_ref()
     check(real_source)
     ref_count = min(count, len(real_source))
     if ref_count <= nearest_k:
         raise UserError(f"{images_ref} has {ref_count} images, too few for --nearest_k={nearest_k}")
-    fake = extractor.describe(source, blocks, keep=True, moments=False)[0]
+    fake = extractor.describe(source, blocks, keep=True, moments=False, cache=opts["features"])[0]
     chosen = split_blocks(len(real_source), ref_count, [seed], trials=1)
-    real = extractor.without_cache().describe(real_source, chosen, keep=True, moments=False)[0]
+    real = extractor.describe(real_source, chosen, keep=True, moments=False)[0]
 
     def work() -> None:
         values = compute_prdc(real.features, fake.features, nearest_k, extractor.detector.device)

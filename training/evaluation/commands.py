@@ -31,15 +31,11 @@ def join(device: str | None) -> torch.device:
     return found
 
 
-def open_extractor(opts: dict[str, Any], features: str | None = None) -> Extractor:
-    """Join the process group, set the backends up and load the detector that the options name.
-
-    Args:
-        features: where to keep features.
-    """
-    check_outputs(features=features, out=opts.get("out"))
+def open_extractor(opts: dict[str, Any]) -> Extractor:
+    """Join the process group, set the backends up and load the detector that the options name."""
+    check_outputs(features=opts.get("features"), out=opts.get("out"))
     detector = load_detector(opts["detector"], join(opts["device"]), opts["resize"], opts["detector_runs_code"])
-    return Extractor(detector, opts["batch"], opts["workers"], Path(features) if features else None)
+    return Extractor(detector, opts["batch"], opts["workers"])
 
 
 def check_outputs(**paths: str | Path | None) -> None:

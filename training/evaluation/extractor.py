@@ -1,7 +1,7 @@
 """From a set of images (`sources`) to what a metric compares: moments and features (`FeatureSet`).
 
 Features come from a detector, or from a file that holds them already; what a file says of its detector must fit. A
-cache keeps the features of the images that are judged, with what they were made of and a checksum over their rows.
+cache, an `.npz`, keeps features with what they were made of and a checksum over their rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,51 +34,56 @@ class Extractor:
     Attributes:
         batch: images at a time, per process.
         workers: processes that decode images, per process.
-        cache: `.npz` for the features of the images; None keeps none.
     """
 
     detector: Detector
     batch: int
     workers: int
-    cache: Path | None = None
 
     def describe(
-        self, source: ImageDataset | StoredFeatures, blocks: Sequence[np.ndarray], keep: bool, moments: bool = True
+        self,
+        source: ImageDataset | StoredFeatures,
+        blocks: Sequence[np.ndarray],
+        keep: bool,
+        moments: bool = True,
+        cache: str | None = None,
     ) -> list[FeatureSet]:
         """A feature set for each block of indices.
 
         Args:
             keep, moments: what the sets hold, the features themselves or their moments.
+            cache: where the features of images are kept, and taken from.
         """
         if isinstance(source, StoredFeatures):
             self._check_detector(source)
             return [FeatureSet.from_features(source.rows[block], moments) for block in blocks]
-        if self.cache is None:
+        if cache is None:
             return [self._extract(source[block], keep, moments) for block in blocks]
         union = np.unique(np.concatenate(blocks))
         made_of = {"images": distributed.on_first_rank(source.fingerprint), "indices": _digest(union)}
-        rows = self.cached(self.cache, made_of, lambda: self._extract(source[union], keep=True, moments=False))
+        rows = self.cached(cache, made_of, lambda: self._extract(source[union], keep=True, moments=False))
         if len(rows) != len(union):
-            raise UserError(f"{self.cache} holds {len(rows)} features of {len(union)} images; remove it", "features")
+            raise UserError(f"{cache} holds {len(rows)} features of {len(union)} images; remove it", "features")
         return [FeatureSet.from_features(rows[np.searchsorted(union, block)], moments) for block in blocks]
 
     def reference(self, source: Source, keep: bool, moments: bool = True) -> FeatureSet:
-        """The feature set of all that a reference holds; the cache is for the images that are judged."""
+        """The feature set of all that a reference holds."""
         if not keep and not moments:
             return FeatureSet(None if isinstance(source, StoredStatistics) else len(source))
         if not isinstance(source, StoredStatistics):
-            return self.without_cache().describe(source, [np.arange(len(source))], keep, moments)[0]
+            return self.describe(source, [np.arange(len(source))], keep, moments)[0]
         self._check_detector(source)
         return FeatureSet(source.count, (source.mu, source.sigma))
 
-    def cached(self, cache: Path, made_of: dict[str, Any], compute: Callable[[], FeatureSet]) -> np.ndarray:
+    def cached(self, cache: str, made_of: dict[str, Any], compute: Callable[[], FeatureSet]) -> np.ndarray:
         """Features from the cache if it holds those of `made_of`, else from `compute`, which are then written there."""
+        path = Path(cache)
         meta = {**made_of, **self.detector.identity()}
-        stored = StoredFeatures.read(cache) if distributed.on_first_rank(cache.exists) else None
+        stored = StoredFeatures.read(path) if distributed.on_first_rank(path.exists) else None
         if stored is None:
             features = compute().features
             whole = {**meta, CHECKSUM: rows_checksum(features)}
-            distributed.on_first_rank(lambda: write_arrays(cache, whole, features=features))
+            distributed.on_first_rank(lambda: write_arrays(path, whole, features=features))
             return features
         changed = [name for name in meta if stored.meta.get(name) != meta[name]]
         if changed:
@@ -99,9 +104,6 @@ class Extractor:
         batches = sampler.batches(seeds[part.start : part.stop], class_index, self.batch)
         images = (torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in batches)
         return extract(images, self.detector, len(seeds), keep, moments, desc)
-
-    def without_cache(self) -> Extractor:
-        return replace(self, cache=None)
 
     def _extract(self, images: ImageDataset, keep: bool, moments: bool) -> FeatureSet:
         batches = decoded_batches(images, self.batch, self.workers)
