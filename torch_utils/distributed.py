@@ -129,6 +129,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def shard(count: int, of: int | None = None) -> range:
+    """This rank's part (or that `of` another) of `range(count)`: contiguous, in order, sizes differ by at most one."""
+    part, parts = rank() if of is None else of, world_size()
+    return range(count * part // parts, count * (part + 1) // parts)
+
+
 def expected_world_size() -> int:
     """Number of processes, also before `init`."""
     return environment_number("WORLD_SIZE", 1)

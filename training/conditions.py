@@ -62,8 +62,8 @@ class Batches:
 
     def draw(self, iteration: int) -> tuple[Tensor, Cond, int]:
         """Noise `[local batch, C, H, W]`; one-hot labels, text conditions, or None; and the number of timestamps."""
-        config, rank, world = self.config, distributed.rank(), distributed.world_size()
-        share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+        config, part = self.config, distributed.shard(self.config.batch)
+        share = slice(part.start, part.stop)
         noise = draw_noise(config.seed, iteration, config.batch, self.student.shape)[share]
         num_steps = draw_num_steps(config.seed, iteration, config.step_choices)
         return upload(noise, self.device), self.draw_cond(iteration, share), num_steps

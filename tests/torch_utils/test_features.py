@@ -14,7 +14,7 @@ from tiny import write_images
 from dnnlib import UserError
 from torch_utils import distributed
 from torch_utils.arrays import read_arrays, read_meta, write_arrays
-from torch_utils.metrics.features import FeatureSet, Moments, choose, decoded_batches, extract, shard
+from torch_utils.metrics.features import FeatureSet, Moments, choose, decoded_batches, extract
 from torch_utils.metrics.image_set import ImageDataset
 
 
@@ -60,7 +60,7 @@ def test_shards_cover_everything_once_in_order(count, world, monkeypatch):
     parts = []
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
-        parts.append(shard(count))
+        parts.append(distributed.shard(count))
     assert [index for part in parts for index in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -59,12 +59,6 @@ def choose(count: int, num: int | None = None, seed: int = 0) -> np.ndarray:
     return np.sort(indices[:num])
 
 
-def shard(count: int) -> range:
-    """This rank's part of `range(count)`: contiguous, in the order of ranks, sizes that differ by at most one."""
-    rank, world = distributed.rank(), distributed.world_size()
-    return range(count * rank // world, count * (rank + 1) // world)
-
-
 class _Decoded(Dataset):
     """Decoding in workers. An error becomes a value: what a worker raises would reach the user as a traceback."""
 
@@ -93,7 +87,7 @@ def decoded_batches(source: ImageSource, batch: int, workers: int = 0) -> Iterat
     Raises:
         UserError: an image that cannot be read.
     """
-    dataset = _Decoded(source, shard(len(source)))
+    dataset = _Decoded(source, distributed.shard(len(source)))
     workers = min(workers, len(dataset) // batch, os.cpu_count() or 1)
     loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_stack, prefetch_factor=2 if workers else None)
     for images in loader:
@@ -189,7 +183,7 @@ def extract(
     """Features of `count` images, of which `batches` are this rank's share. Every rank returns the same.
 
     Args:
-        batches: uint8 images `[B, C, H, W]`; together the images of this rank's `shard(count)`.
+        batches: uint8 images `[B, C, H, W]`; together the images of this rank's `distributed.shard(count)`.
         keep: gather the features themselves; without it, memory does not grow with `count`.
         moments: compute mean and covariance.
 
@@ -202,21 +196,15 @@ def extract(
     sums = Moments(network.dim, _sum_device(network.device)) if moments else None
     kept = [torch.empty([0, network.dim])]
 
-    def run() -> None:
-        part = shard(count)
-        position = part.start
-        with progress(len(part), desc=desc, show=distributed.rank() == 0) as bar:
-            for images in batches:
-                features = network.features(images)
-                _check_finite(features, position)
-                if sums is not None:
-                    sums.add(features)
-                if keep:
-                    kept.append(features.cpu())
-                position += len(features)
-                bar.update(len(features))
+    def add(first: int, images: Tensor) -> None:
+        features = network.features(images)
+        _check_finite(features, first)
+        if sums is not None:
+            sums.add(features)
+        if keep:
+            kept.append(features.cpu())
 
-    on_all_ranks(run)
+    for_all_batches(add, batches, count, desc)
     if sums is not None:
         sums.reduce()
     features = gather_rows(torch.cat(kept), count).numpy() if keep else None
@@ -233,11 +221,21 @@ def _check_finite(features: Tensor, first: int) -> None:
         raise UserError(f"features of image {bad} are not finite; the detector or the image is damaged")
 
 
-def on_all_ranks(action: Callable[[], None]) -> None:
-    """Run `action` on every rank; if it fails on one with a user's error, every rank raises that error."""
-    message = None
+def for_all_batches(
+    action: Callable[[int, Tensor], None], batches: Iterable[Tensor], count: int, desc: str | None = None
+) -> None:
+    """Call `action` with each of this rank's batches and the index of its first image.
+
+    If it fails on one rank with a user's error, every rank raises that error.
+    """
+    part, message = distributed.shard(count), None
+    first = part.start
     try:
-        action()
+        with progress(len(part), desc=desc, show=distributed.rank() == 0) as bar:
+            for images in batches:
+                action(first, images)
+                first += len(images)
+                bar.update(len(images))
     except UserError as error:
         message = error.message
     except OSError as error:
@@ -248,20 +246,18 @@ def on_all_ranks(action: Callable[[], None]) -> None:
     if dist.is_initialized():
         messages = [None] * distributed.world_size()
         dist.all_gather_object(messages, message)
-    first = next((m for m in messages if m is not None), None)
-    if first is not None:
-        raise UserError(first)
+    reason = next((m for m in messages if m is not None), None)
+    if reason is not None:
+        raise UserError(reason)
 
 
 def gather_rows(rows: Tensor, count: int) -> Tensor:
-    """Rows of all ranks `[count, D]` on the CPU, each rank having passed the rows of its `shard(count)`."""
+    """Rows of all ranks `[count, D]` on the CPU, each rank having passed the rows of its `distributed.shard(count)`."""
     if not dist.is_initialized():
         return rows
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    world = distributed.world_size()
-    sizes = [count * (r + 1) // world - count * r // world for r in range(world)]
-    padded = torch.zeros([max(sizes), rows.shape[1]], device=device)
-    padded[: len(rows)] = rows.to(device)
+    sizes = [len(distributed.shard(count, rank)) for rank in range(distributed.world_size())]
+    padded = torch.zeros([max(sizes), rows.shape[1]])
+    padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes)])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])

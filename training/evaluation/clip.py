@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dnnlib import UserError
-from dnnlib.progress import progress
 from models.detectors.clip_score import ClipScorer
-from torch_utils import distributed
-from torch_utils.metrics.features import decoded_batches, gather_rows, on_all_ranks, shard
+from torch_utils.metrics.features import decoded_batches, for_all_batches, gather_rows
 from torch_utils.metrics.image_set import ImageDataset
 
 #: Names of sample.py, in folders and in archives.
@@ -42,15 +41,10 @@ def all_cosines(
     images: ImageDataset, captions: Sequence[str], scorer: ClipScorer, batch: int, workers: int
 ) -> np.ndarray:
     """Cosines float32 `[N]` of images and captions, the same on every rank, each of which computes its share."""
-    part, found = shard(len(images)), [torch.zeros(0)]
+    found = [torch.zeros(0)]
 
-    def work() -> None:
-        place = part.start
-        with progress(len(part), show=distributed.rank() == 0) as bar:
-            for pixels in decoded_batches(images, batch, workers):
-                found.append(scorer.cosines(pixels, captions[place : place + len(pixels)]))
-                place += len(pixels)
-                bar.update(len(pixels))
+    def score(first: int, pixels: Tensor) -> None:
+        found.append(scorer.cosines(pixels, captions[first : first + len(pixels)]))
 
-    on_all_ranks(work)
+    for_all_batches(score, decoded_batches(images, batch, workers), len(images))
     return gather_rows(torch.cat(found)[:, None], len(images))[:, 0].numpy()

@@ -21,7 +21,7 @@ from models.detectors import Detector
 from models.sampling import Sampler
 from torch_utils import distributed
 from torch_utils.arrays import write_arrays
-from torch_utils.metrics.features import FeatureSet, decoded_batches, extract, shard
+from torch_utils.metrics.features import FeatureSet, decoded_batches, extract
 from torch_utils.metrics.image_set import ImageDataset
 
 from .sources import CHECKSUM, Source, StoredFeatures, StoredStatistics, rows_checksum
@@ -100,7 +100,7 @@ class Extractor:
         desc: str = "images",
     ) -> FeatureSet:
         """The feature set of the images that a sampler makes of `seeds`, every rank its share."""
-        part = shard(len(seeds))
+        part = distributed.shard(len(seeds))
         batches = sampler.batches(seeds[part.start : part.stop], class_index, self.batch)
         images = (torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in batches)
         return extract(images, self.detector, len(seeds), keep, moments, desc)
