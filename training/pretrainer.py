@@ -156,10 +156,13 @@ class Trainer:
     def __init__(self, config: PretrainConfig, dataset: ImageDataset, device: torch.device, outdir: Path) -> None:
         self.config, self.device, self.outdir = config, device, outdir
         self.images = torch.from_numpy(dataset.load_all())
-        self.labels = None
+        self.labels: Tensor | None = None
+        #: Part of the images that each class has.
+        self.frequencies: list[float] | None = None
         label_dim = config.network["label_dim"]
         if label_dim:
             self.labels = torch.nn.functional.one_hot(torch.from_numpy(dataset.labels), label_dim).float()
+            self.frequencies = self.labels.double().mean(0).tolist()
         torch.manual_seed(derive_seed(config.seed, 0))
         self.net = build(config.network).to(device).train()
         self.net.normalize_weights()
@@ -233,15 +236,11 @@ class Trainer:
         for path, width, average in self.teachers():
             training = {**self.config.to_json(), "images_seen": self.nimg, "seconds": round(self.seconds)}
             network = {"class": EDMPrecond.__name__, **self.config.network}
-            if self.labels is not None:
-                network["class_frequencies"] = self._frequencies()
+            if self.frequencies is not None:
+                network["class_frequencies"] = self.frequencies
             settings = {"format": "teacher", "network": network, "training": {**training, "ema": width}}
             save_network(path, average.state_dict(), settings)
         save_picture(draw_grid(square_rows(self.sample(64))), self.outdir / "samples.png")
-
-    def _frequencies(self) -> list[float] | None:
-        """Part of the images that each class has."""
-        return None if self.labels is None else self.labels.double().mean(0).tolist()
 
     def start(self) -> int:
         """Take what fits from the network that `transfer` names; returns the number of tensors."""
@@ -293,8 +292,8 @@ class Trainer:
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         noise = stacked_randn(sample_generators(range(count)), shape).to(self.device)
         labels = None
-        if self.labels is not None:
-            drawn = draw_classes([generator(self.config.seed, 4)], net.label_dim, self._frequencies(), count)
+        if net.label_dim:
+            drawn = draw_classes([generator(self.config.seed, 4)], net.label_dim, self.frequencies, count)
             labels = torch.nn.functional.one_hot(drawn, net.label_dim).float().to(self.device)
         states = solve(get_solver("heun"), lambda x, s: net(x, s, labels), noise * 80.0, sigmas, every=17)
         return to_uint8(states[-1])
