@@ -186,11 +186,11 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
         settings["guidance_type"] = "teacher"
     config = DistillConfig(name, model_path=model_path, M=m, **settings)
     check(config)
-    if opts["resume_override"] and opts["resume"] in ("auto", "never") and not opts["nosubdir"]:
+    place = Place(Path(opts["outdir"]), opts["desc"], not opts["nosubdir"], opts["resume"], opts["resume_override"])
+    if place.override and place.chosen is None:
         raise UserError(
             "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
         )
-    place = Place(Path(opts["outdir"]), opts["desc"], not opts["nosubdir"], opts["resume"], opts["resume_override"])
     processes = distributed.expected_world_size()
     batch_gpu = None if opts["batch_gpu"] == "auto" else opts["batch_gpu"]
     micro_batch(config.batch, batch_gpu, processes)

@@ -44,10 +44,7 @@ def open_data(data: str, resolution: int | None, center_crop: bool) -> ImageData
 def train(config: PretrainConfig, dataset: ImageDataset, device: torch.device, outdir: Path) -> None:
     """Run or continue a pre-training run in `outdir`."""
     make_folder(outdir, "outdir")
-    held = lock(outdir)
-    if held is None:
-        raise UserError(f"another process trains in {outdir}; wait for it, or use another --outdir")
-    with held:
+    with lock(outdir, f"another process trains in {outdir}; wait for it, or use another --outdir"):
         log = Logger(outdir / "log.txt")
         trainer = Trainer(config, dataset, device, outdir)
         if (outdir / STATE).exists():

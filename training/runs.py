@@ -123,14 +123,14 @@ def read_config(run_dir: Path) -> DistillConfig:
     return config
 
 
-def lock(run_dir: Path) -> TextIO | None:
-    """Hold the run until the process ends; None if another process holds it."""
+def lock(run_dir: Path, otherwise: str) -> TextIO:
+    """Hold the run until the process ends, or the file is closed; `otherwise` is the error if another process does."""
     file = open(run_dir / LOCK, "w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        return None
+        raise UserError(otherwise) from None
     return file
 
 
@@ -184,9 +184,14 @@ class Place:
     override: bool = False
 
     @property
+    def is_named(self) -> bool:
+        """Whether `resume` is the path of a run."""
+        return self.resume not in ("auto", "never")
+
+    @property
     def chosen(self) -> Path | None:
         """The run directory, where it is given by its path."""
-        if self.resume not in ("auto", "never"):
+        if self.is_named:
             return Path(self.resume) if Path(self.resume).is_dir() else Path(self.resume).parent
         return None if self.subdir else self.outdir
 
@@ -197,30 +202,29 @@ class Place:
 
 
 def locate_run(place: Place, config: DistillConfig) -> tuple[Path | None, bool]:
-    """The run directory that a command continues, None for a new one; and whether that run is finished already."""
+    """The run directory that a command continues, None for a new one; and whether nothing is left to do there."""
     if place.chosen is not None:
-        return place.chosen, is_finished(place.chosen, config)
+        return place.chosen, is_finished(place.chosen, config) and _has_settings(place.chosen, config)
     finished = None
     newest_first = sorted((p for p in place.outdir.glob(NUMBERED) if p.is_dir()), reverse=True)
     for run_dir in [] if place.starts_anew else newest_first:
-        try:
-            saved = recorded_settings(run_dir)
-        except UserError:
-            continue  # a run that cannot be told apart is not this one's business
-        if saved is not None and not differences(saved, config):
-            if not is_finished(run_dir, config):
-                return run_dir, False
-            finished = finished or run_dir
+        with contextlib.suppress(UserError):  # a run that cannot be told apart is not this one's business
+            if _has_settings(run_dir, config):
+                if not is_finished(run_dir, config):
+                    return run_dir, False
+                finished = finished or run_dir
     return finished, finished is not None
+
+
+def _has_settings(run_dir: Path, config: DistillConfig) -> bool:
+    saved = recorded_settings(run_dir)
+    return saved is not None and not differences(saved, config)
 
 
 def finished_run(place: Place, config: DistillConfig) -> Path | None:
     """The run that this command repeats, if it is over and has these settings; nothing is loaded to find out."""
     run_dir, finished = locate_run(place, config)
-    if not finished or run_dir is None or place.starts_anew:
-        return None
-    saved = recorded_settings(run_dir)
-    return run_dir if saved is not None and not differences(saved, config) else None
+    return run_dir if finished and not place.starts_anew else None
 
 
 def next_run(place: Place, config: DistillConfig) -> Path:
@@ -236,25 +240,21 @@ def open_run(place: Place, config: DistillConfig, launch: dict[str, Any]) -> Ope
         UserError: the run has other settings, or another process holds it.
     """
     if place.chosen is not None:
-        opened = _open_chosen(place, place.chosen, config)
-        if not opened.is_finished:
-            write_options(opened.path, config, launch)
-    else:
-        make_folder(place.outdir, "outdir")
-        with open(place.outdir / LOCK, "w", encoding="utf-8") as numbering:
-            # Launches at the same time take different numbers, or find each other's run.
-            fcntl.flock(numbering, fcntl.LOCK_EX)
-            run_dir, finished = locate_run(place, config)
-            if finished and run_dir is not None:
-                return OpenedRun(run_dir, None, is_finished=True)
-            if run_dir is None:
-                run_dir = next_run(place, config)
-                run_dir.mkdir()
-            opened = OpenedRun(run_dir, _require_lock(run_dir))
-            write_options(run_dir, config, launch)
-    if not opened.is_finished:
-        remove_leftovers(opened.path)
-    return opened
+        changed = _check_chosen(place, place.chosen, config)
+        if not changed and is_finished(place.chosen, config):
+            return OpenedRun(place.chosen, None, is_finished=True)
+        return _take(place.chosen, config, launch, changed)
+    make_folder(place.outdir, "outdir")
+    with open(place.outdir / LOCK, "w", encoding="utf-8") as numbering:
+        # Launches at the same time take different numbers, or find each other's run.
+        fcntl.flock(numbering, fcntl.LOCK_EX)
+        run_dir, finished = locate_run(place, config)
+        if finished and run_dir is not None:
+            return OpenedRun(run_dir, None, is_finished=True)
+        if run_dir is None:
+            run_dir = next_run(place, config)
+            run_dir.mkdir()
+        return _take(run_dir, config, launch)
 
 
 def plan_run(place: Place, config: DistillConfig) -> str:
@@ -266,12 +266,12 @@ def plan_run(place: Place, config: DistillConfig) -> str:
     return f"{run_dir}, {'already finished' if finished else 'continued' if known else 'a new run'}"
 
 
-def _open_chosen(place: Place, run_dir: Path, config: DistillConfig) -> OpenedRun:
-    is_named = place.resume not in ("auto", "never")
-    if not is_named:
+def _check_chosen(place: Place, run_dir: Path, config: DistillConfig) -> tuple[str, ...]:
+    """Refuse a chosen directory that cannot be gone on with; the settings that its run has otherwise, in words."""
+    if not place.is_named:
         make_folder(run_dir, "outdir")
     saved = recorded_settings(run_dir) if run_dir.is_dir() else None
-    if saved is None and is_named:
+    if saved is None and place.is_named:
         raise UserError(
             f"--resume={place.resume}: {run_dir} holds no {OPTIONS}; expected a run directory or its training state"
         )
@@ -279,19 +279,19 @@ def _open_chosen(place: Place, run_dir: Path, config: DistillConfig) -> OpenedRu
         raise UserError(f"{run_dir} already holds a run; use --resume=auto, or another --outdir")
     changed = () if saved is None else differences(saved, config)
     refuse_changes(run_dir, changed, place.override)
-    if saved is not None and is_finished(run_dir, config) and not changed:
-        return OpenedRun(run_dir, None, is_finished=True)
-    return OpenedRun(run_dir, _require_lock(run_dir), changed)
+    return changed
 
 
-def _require_lock(run_dir: Path) -> TextIO:
-    held = lock(run_dir)
-    if held is None:
-        raise UserError(
-            f"{run_dir}, a run of these settings, is being trained by another process; wait for it, or start another "
-            "one with --resume=never"
-        )
-    return held
+def _take(run_dir: Path, config: DistillConfig, launch: dict[str, Any], changed: tuple[str, ...] = ()) -> OpenedRun:
+    """Hold a run that is to go on, or to begin."""
+    held = lock(
+        run_dir,
+        f"{run_dir}, a run of these settings, is being trained by another process; wait for it, or start another one "
+        "with --resume=never",
+    )
+    write_options(run_dir, config, launch)
+    remove_leftovers(run_dir)
+    return OpenedRun(run_dir, held, changed)
 
 
 def cut_stats(run_dir: Path, images: int) -> None:

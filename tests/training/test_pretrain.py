@@ -295,7 +295,7 @@ def test_networks_are_written_before_the_state(tmp_path):
 def test_two_runs_in_one_directory_are_refused(tmp_path):
     data = write_images(tmp_path / "data", 10)
     (tmp_path / "run").mkdir()
-    with lock(tmp_path / "run"):
+    with lock(tmp_path / "run", "held"):
         pretrain(data, tmp_path / "run", kimg=0.016).refused(r"another process trains in .*run; .*another --outdir")
     pretrain(data, tmp_path / "run", kimg=0.016).ok()
 

@@ -318,7 +318,7 @@ def test_concurrent_launches_do_not_share_a_run_directory(tmp_path):
 
 def test_run_that_is_being_trained_is_left_alone(tmp_path):
     args, run_dir = unfinished(tmp_path / "exps")
-    held = runs.lock(run_dir)
+    held = runs.lock(run_dir, "held")
     try:
         for more in ([], [f"--resume={run_dir}"]):
             result = invoke("train", *args, *more)
