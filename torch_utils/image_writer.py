@@ -12,8 +12,9 @@ import zipfile
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class ImageWriter:
         self._pool = ThreadPoolExecutor(threads)
         self._pending: deque[Future] = deque()
         self._limit = threads * PENDING_PER_THREAD
-        self._held: TextIO | None = None
+        self._held = ExitStack()
         self._options = json.dumps(options, indent=2) + "\n"
         #: Names in an archive that is complete already; None where there is none.
         self._complete: list[str] | None = distributed.on_first_rank(lambda: self._claim(options))
@@ -73,27 +74,22 @@ class ImageWriter:
             check_regular(self.dest)
             return self._read_archive()
         make_folder(self.folder, "outdir")
-        held = open(self.folder / LOCK, "w", encoding="utf-8")
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
-        except BlockingIOError:
-            raise UserError(
-                f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"
-            ) from None
-        try:
+        with ExitStack() as held:
+            lock = held.enter_context(open(self.folder / LOCK, "w", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"
+                ) from None
             if self.zipped and self.dest.exists():  # it was completed while we looked
                 names = self._read_archive()
                 held.close()
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return names
             self._check_options(options)
-        except BaseException:
-            held.close()
-            raise
-        if self.zipped:
-            self._held = held
-        else:
-            held.close()
+            if self.zipped:
+                self._held = held.pop_all()
         return None
 
     @property
@@ -203,8 +199,7 @@ class ImageWriter:
         distributed.barrier()
         if self.zipped and not self.is_complete:
             distributed.on_first_rank(lambda: self._archive(seeds, labels))
-        if self._held is not None:
-            self._held.close()
+        self._held.close()
 
     def _archive(self, seeds: Sequence[int], labels: Mapping[int, int] | None) -> None:
         names = {seed: self.path(seed).relative_to(self.folder).as_posix() for seed in sorted(seeds)}
