@@ -147,11 +147,11 @@ class Losses:
         self._sums[0, num_steps, step] += loss
         self._sums[1, num_steps, step] += 1
 
-    def flush(self) -> dict[str, float]:
-        """Means over all ranks since the last call as `loss/<num_steps>/<step>`; the sums start anew."""
+    def flush(self) -> dict[tuple[int, int], float]:
+        """Means over all ranks since the last call, by (num_steps, step); the sums start anew."""
         total, count = distributed.all_reduce_sum(self._sums.clone()).cpu()
         self._sums.zero_()
-        return {f"loss/{n}/{i}": float(total[n, i] / count[n, i]) for n, i in count.nonzero().tolist()}
+        return {(n, i): float(total[n, i] / count[n, i]) for n, i in count.nonzero().tolist()}
 
 
 class Distiller:

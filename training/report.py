@@ -87,7 +87,7 @@ class Report:
         self._reported = self.state.images
         return progress(self.distiller.config.total_images, "img", self.state.images, show=self.is_first, lines=False)
 
-    def tick(self, tick: int, losses: dict[str, float], duration: float, maintenance: float) -> None:
+    def tick(self, tick: int, losses: dict[tuple[int, int], float], duration: float, maintenance: float) -> None:
         """A status line, and a line of `stats.jsonl`.
 
         Args:
@@ -99,10 +99,11 @@ class Report:
         rate, self._reported = duration / max(images - self._reported, 1), images
         if not self.is_first:
             return
-        final = [v for k, v in losses.items() if int(k.split("/")[1]) == int(k.split("/")[2]) + 2]
+        final = [loss for (num_steps, step), loss in losses.items() if step == num_steps - 2]
+        named = {f"loss/{num_steps}/{step}": loss for (num_steps, step), loss in losses.items()}
         stats: dict[str, Any] = {
             "images": images, "kimg": images / 1000, "seconds": round(self.state.seconds, 3),
-            "loss": float(np.mean(final)), **losses, "sec_per_tick": duration, "sec_per_kimg": rate * 1000,
+            "loss": float(np.mean(final)), **named, "sec_per_tick": duration, "sec_per_kimg": rate * 1000,
             "maintenance": maintenance, "lr": config.learning_rate(images - config.batch),
             "skipped": int(self.distiller.skipped), **memory(self.distiller.device), "timestamp": time.time(),
         }  # fmt: skip

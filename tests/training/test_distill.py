@@ -63,7 +63,7 @@ def test_denoise_to_zero_ends_trajectories_with_the_denoiser():
     target, states = denoised.iterate(GOLDEN["noise"][0], None, 4)
     assert torch.equal(target[-1], after[-1])
     expected = (states[-1] - target[-1]).abs().sum() / len(x)
-    assert denoised.losses.flush()["loss/4/2"] == pytest.approx(float(expected), rel=1e-6)
+    assert denoised.losses.flush()[4, 2] == pytest.approx(float(expected), rel=1e-6)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -162,7 +162,7 @@ def test_lpips_does_not_depend_on_how_a_batch_is_split(mode, monkeypatch):
     # Poolings and ReLUs make the gradient jump where rounding decides, so single entries may differ.
     lpips_part = (expected - l1).norm()
     assert (split - expected).norm() < 0.05 * lpips_part and (ranks - expected).norm() < 0.05 * lpips_part
-    losses = [d.losses.flush()["loss/3/1"] for d in (whole, *halves, without)]
+    losses = [d.losses.flush()[3, 1] for d in (whole, *halves, without)]
     assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-5)
     assert losses[0] > 1.01 * losses[3] and lpips_part > 0.01 * l1.norm()
 
