@@ -187,7 +187,7 @@ record_options = combined(
 
 
 def parse_figure(context: click.Context, param: click.Parameter, value: str | None) -> Path | None:
-    return None if value is None else check_suffix(Path(value), "figure")
+    return None if value is None else check_suffix(Path(value), param.name)
 
 
 figure_option = click.option("--figure", help="Where to draw; its suffix says as what", metavar="PNG|PDF|SVG",

@@ -31,9 +31,9 @@ from solvers import Callback
 from torch_utils.device import configure_backends, pick_device
 
 from .distill import Teacher, load_source
-from .evaluation.figures import check_suffix, draw_by_kimg, draw_comparison, need_matplotlib, panels, save_figure
+from .evaluation.figures import draw_by_kimg, draw_comparison, need_matplotlib, panels, save_figure
 from .evaluation.records import read_records
-from .options import num_steps_option, teacher_option
+from .options import num_steps_option, parse_figure, teacher_option
 from .runs import STATS, find_run, read_config, recorded_settings
 
 LOSS = re.compile(r"loss/(\d+)/(\d+)")
@@ -232,7 +232,7 @@ def _scale(record: dict[str, Any]) -> tuple[Any, ...]:
 @offline_option
 @section("Where to")
 @click.option("--dest", help="Figure to write; default: losses.png, trajectory.png or fd-….png of the first RUN",
-              metavar="PNG|PDF|SVG", type=Path)  # fmt: skip
+              metavar="PNG|PDF|SVG", callback=parse_figure)  # fmt: skip
 def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | None, **opts: Any) -> None:
     """Plot the losses of runs (directories, or numbers under ./exps), trajectories, or distances.
 
@@ -245,8 +245,6 @@ def main(runs: Sequence[str], trajectory: bool, fd: str | None, dest: Path | Non
     need_matplotlib()
     if trajectory and (fd or len(runs) > 1):
         raise UserError("--trajectory is of one run, and no --fd; leave the rest out")
-    if dest is not None:
-        check_suffix(dest, "dest")
     places = [Path(run) if fd and Path(run).is_file() else find_run(run) for run in runs]
     folder = places[0] if places[0].is_dir() else places[0].parent
     dest = dest or folder / (f"fd-{fd}.png" if fd else "trajectory.png" if trajectory else "losses.png")

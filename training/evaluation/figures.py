@@ -23,7 +23,7 @@ PRDC = ("precision", "recall", "density", "coverage")
 PANEL = 3.2  # inches
 
 
-def check_suffix(path: Path, about: str) -> Path:
+def check_suffix(path: Path, about: str | None = None) -> Path:
     """Refuse a figure of another format."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no figure; choose a name ending in {', '.join(SUFFIXES)}", about)
@@ -57,12 +57,12 @@ def panels(columns: int, rows: int = 1) -> Any:
     return new_figure(PANEL * 1.3 * max(columns, 2), PANEL * max(rows, 1.2))
 
 
-def save_figure(figure: Any, path: Path, about: str = "dest") -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write a figure in the format of its suffix, all or nothing."""
     import matplotlib
 
-    check_suffix(path, about)
-    make_folder(path.parent, about)
+    check_suffix(path)
+    make_folder(path.parent)
     with replacing(path) as temporary, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
 
