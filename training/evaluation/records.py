@@ -56,10 +56,12 @@ def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     lines = "".join(json.dumps({**record, "versions": versions, "date": date}) + "\n" for record in records)
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
-        if before and not _ends_in_newline(path):
-            lines = "\n" + lines  # the power failed in the middle of a line
+        if before:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                lines = "\n" + lines  # the power failed in the middle of a line
         try:
             if file.write(lines.encode()) < len(lines.encode()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -67,9 +69,3 @@ def append_records(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
             with contextlib.suppress(OSError):  # a device cannot
                 file.truncate(before)
             raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _ends_in_newline(path: str | Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
