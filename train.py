@@ -192,8 +192,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
             "--resume-override needs --resume=PATH or --nosubdir; --resume=auto continues runs of the same settings"
         )
     processes = distributed.expected_world_size()
-    batch_gpu = None if opts["batch_gpu"] == "auto" else opts["batch_gpu"]
-    micro_batch(config.batch, batch_gpu, processes)
+    micro_batch(config.batch, opts["batch_gpu"], processes)
     if opts["log"] is not None:
         need_logger(opts["log"])
     check_mode(opts["cuda_graph"], device)
@@ -207,7 +206,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
             click.echo(estimate(config, device, processes, opts["batch_gpu"], opts["gradient_checkpointing"]))
         return
     if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and distributed.is_first_process():
-        cost = estimate(config, device, processes, batch_gpu).splitlines()[-1]
+        cost = estimate(config, device, processes, opts["batch_gpu"]).splitlines()[-1]
         click.echo(f"Warning: preset {preset} is made for GPUs and runs on the CPU. {cost}", err=True)
     loop.train(
         config,

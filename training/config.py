@@ -336,12 +336,15 @@ def describe(config: DistillConfig, where: str) -> str:
     )
 
 
-def micro_batch(batch: int, batch_gpu: int | None, processes: int) -> int:
-    """Samples that one process handles at a time, so that `batch` splits evenly over processes and rounds."""
+def micro_batch(batch: int, batch_gpu: int | str | None, processes: int) -> int:
+    """Samples that one process handles at a time, so that `batch` splits evenly over processes and rounds.
+
+    Of `auto`, which is found out later, and of None they are the whole share of the process.
+    """
     if batch % processes:
         raise UserError(f"--batch={batch} is not divisible by {processes} processes; choose a multiple of {processes}")
     local = batch // processes
-    size = local if batch_gpu is None else min(batch_gpu, local)
+    size = min(batch_gpu, local) if isinstance(batch_gpu, int) else local
     if local % size:
         raise UserError(
             f"--batch-gpu={size} does not divide the {local} samples of each of {processes} processes "

@@ -188,7 +188,7 @@ def estimate(
 ) -> str:
     """What `train.py --dry-run` says of a run's cost on this device, after a calibration of about so many seconds."""
     net, guide = _networks(config)
-    micro_batch_size = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, processes)
+    micro_batch_size = micro_batch(config.batch, batch_gpu, processes)
     options: dict[str, Any] = dict(processes=processes, gradient_checkpointing=gradient_checkpointing, guide=guide)
     memory_of: Callable[[int], Memory] = partial(run_memory, config, net, **options)
     if batch_gpu == "auto" and device.type == "cuda":

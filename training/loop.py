@@ -187,7 +187,7 @@ def train(
         use_deterministic_algorithms()
     distributed.init(device)
     config = distributed.on_first_rank(lambda: settle(config))
-    share = micro_batch(config.batch, batch_gpu if isinstance(batch_gpu, int) else None, distributed.world_size())
+    share = micro_batch(config.batch, batch_gpu, distributed.world_size())
     if path := distributed.on_first_rank(lambda: runs.finished_run(place, config)):
         return _finish(path)
     graphs = Graphs("off" if deterministic and cuda_graph == "auto" else cuda_graph)
