@@ -171,11 +171,11 @@ class DistillConfig:
         return asdict(self)
 
 
-def with_defaults(saved: Any) -> dict[str, Any]:
+def with_defaults(saved: Any, kind: type = DistillConfig) -> dict[str, Any]:
     """Settings that an earlier version may have written, with those that it did not know."""
     if not isinstance(saved, dict):
         raise TypeError("the settings are no JSON object")
-    return {f.name: f.default for f in fields(DistillConfig) if f.default is not MISSING} | saved
+    return {f.name: f.default for f in fields(kind) if f.default is not MISSING} | saved
 
 
 def differences(saved: dict[str, Any], config: DistillConfig) -> tuple[str, ...]:

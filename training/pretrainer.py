@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from torch_utils.images import draw_grid, save_picture, square_rows, to_uint8
 from torch_utils.metrics.image_set import ImageDataset
 from torch_utils.random import derive_seed, draw_classes, generator, sample_generators, stacked_randn
 
+from .config import with_defaults
 from .optimizers import make_optimizer, set_learning_rate
 
 P_MEAN, P_STD = -1.2, 1.2
@@ -260,16 +261,15 @@ class Trainer:
         """Continue from the state in the run directory; refuse a state of other settings."""
         state = read_state(self.outdir / STATE)
         free = {"kimg", "decay", "snap_kimg", "precision"}
-        defaults = {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
-        mine, saved = self.config.to_json(), {**defaults, **state.get("config", {})}
-        changed = [
-            f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
-        ]
-        if changed:
-            raise UserError(
-                f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
-            )
         with usable_state(self.outdir / STATE):
+            mine, saved = self.config.to_json(), with_defaults(state.get("config", {}), PretrainConfig)
+            changed = [
+                f"{k}: {saved.get(k)} there, {v} here" for k, v in mine.items() if k not in free and saved.get(k) != v
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.outdir} holds a run of other settings ({'; '.join(changed)}); use them, or another --outdir"
+                )
             self.net.load_state_dict(state["net"])
             for average, values in zip(self.averages, state["ema"], strict=True):
                 average.load_state_dict(values)

@@ -90,8 +90,7 @@ class TrainingState:
         with usable_state(path):
             # States of earlier versions do not record them.
             changed = differences(with_defaults(state["config"]), config) if "config" in state else ()
-        refuse_changes(path, changed, override)
-        with usable_state(path):
+            refuse_changes(path, changed, override)
             state = {**dict.fromkeys(COUNTS[1:], 0), "seen_skips": state["skipped"], **state}  # of older versions
             _check(state, self.distiller)
             self.distiller.student.net.load_state_dict(state["student"])
