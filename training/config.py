@@ -322,10 +322,8 @@ def absolute(path: str | Path) -> str:
 
 
 def describe(config: DistillConfig, where: str) -> str:
-    """What a run would do, in a few lines for people; `where` it goes."""
+    """What a run of settled settings would do, in a few lines for people; `where` it goes."""
     source = source_settings(config)
-    if source is not None:
-        config = follow_teacher(config, source)
     choices = config.step_choices
     nfes = [config.student_plan(steps).nfe for steps in choices]
     evaluations = [config.teacher_plan(steps, source).nfe for steps in choices]
