@@ -14,11 +14,12 @@ from dnnlib import UserError, one_line_errors
 from dnnlib.options import SEED, Group, Whole, section
 from models.detectors import Detector
 from torch_utils import distributed
+from torch_utils.metrics.features import choose
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 from training.evaluation.commands import check, missing_paths, open_extractor, say
 from training.evaluation.functions import Images, as_features, feature_sets
 from training.evaluation.records import append_records
-from training.evaluation.sources import open_images, open_reference, split_blocks
+from training.evaluation.sources import open_images, open_reference
 from training.options import detector_options, images_option, machine_options, record_options, show_plan
 
 #: Images of each set, where there are so many.
@@ -91,7 +92,7 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
     count = min(DEFAULT_NUM, len(source)) if num is None else num
     if count <= nearest_k:
         raise UserError(f"{images} has {count} images, too few for --nearest_k={nearest_k}")
-    blocks = split_blocks(len(source), count, [seed], trials=1)
+    chosen = choose(len(source), count, seed)
     if opts["dry_run"]:
         return show_plan(**plan | {"num": count}, detector=opts["detector"], found=len(source))
     if num is None and count < DEFAULT_NUM:
@@ -102,9 +103,8 @@ def calc(images: str, images_ref: str, num: int | None, seed: int, nearest_k: in
     ref_count = min(count, len(real_source))
     if ref_count <= nearest_k:
         raise UserError(f"{images_ref} has {ref_count} images, too few for --nearest_k={nearest_k}")
-    fake = extractor.describe(source, blocks, keep=True, moments=False, cache=opts["features"])[0]
-    chosen = split_blocks(len(real_source), ref_count, [seed], trials=1)
-    real = extractor.describe(real_source, chosen, keep=True, moments=False)[0]
+    fake = extractor.describe(source, [chosen], keep=True, moments=False, cache=opts["features"])[0]
+    real = extractor.describe(real_source, [choose(len(real_source), ref_count, seed)], keep=True, moments=False)[0]
 
     def work() -> None:
         values = compute_prdc(real.features, fake.features, nearest_k, extractor.detector.device)

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from dnnlib import write_text
 from models.model import VARIABLE_STEPS, Student
 from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, named_students, rivals
@@ -23,7 +21,7 @@ from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from ..options import describe_seeds
-from .commands import record_distance
+from .commands import record_distance, say
 from .extractor import Extractor, Reference
 from .figures import as_csv, as_latex, as_markdown, can_draw, draw_comparison
 from .records import find_record
@@ -84,8 +82,8 @@ def compare(
             shown = {"prdc": prdc, "label": row.label, "nfe": nfe}
             result = record_distance(made, real, detector, {**shown, **key}, out)
         found.append(result | {"label": row.label})  # of another comparison it may have had another one
-    if shipped and distributed.is_first_process():
-        click.echo(f"{shipped} of {len(rows)} rows ship with this program; --recompute makes them anew", err=True)
+    if shipped:
+        say(f"{shipped} of {len(rows)} rows ship with this program; --recompute makes them anew")
     return found
 
 

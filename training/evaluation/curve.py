@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dnnlib import sha256_of
-from models.detectors import check_detector, load_detector
+from models.detectors import load_detector
 from models.opening import open_sampler
 from models.sampling import SamplerOptions
 from torch_utils import distributed
@@ -72,7 +72,6 @@ class Evaluation:
     """
 
     def __init__(self, every: int, ref: str, detector: str, num: int, device: torch.device, precision: str) -> None:
-        check_detector(detector)
         open_ref = open_reference(ref, statistics=True)
         self.every, self.seeds, self.precision, self.seen = every, range(num), precision, 0
         self.extractor = Extractor(load_detector(detector, device), EVALUATION_BATCH, workers=0)
