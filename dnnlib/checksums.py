@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import click
 
 from .errors import UserError
 from .files import parse_json, sha256_of, write_text
+from .locks import hold
 
 
 def cache_dir() -> Path:
@@ -40,12 +40,13 @@ def locked(path: Path, doing: str) -> Iterator[None]:
 
     The lock's own file beside it stays: if it were removed, two processes could lock one name.
     """
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is {doing} {path}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    own = path.with_name(f".{path.name}.lock")
+    try:
+        held = hold(own, wait=False)
+    except BlockingIOError:
+        say(f"another process is {doing} {path}; waiting for it")
+        held = hold(own)
+    with held:
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib import UserError, check_regular, first_line, make_folder, parse_json, replacing, write_text
+from dnnlib.locks import hold
 
 from . import distributed
 from .images import to_pil
@@ -75,9 +75,8 @@ class ImageWriter:
             return self._read_archive()
         make_folder(self.folder, "outdir")
         with ExitStack() as held:
-            lock = held.enter_context(open(self.folder / LOCK, "w", encoding="utf-8"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.zipped else 0))
+                held.enter_context(hold(self.folder / LOCK, wait=not self.zipped))
             except BlockingIOError:
                 raise UserError(
                     f"{self.dest} is being written by another process; wait for it, or choose another place", "outdir"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 from dnnlib import UserError, first_line, make_folder, parse_json, write_text
 from dnnlib.errors import environment_number
 from dnnlib.files import remove_leftovers
+from dnnlib.locks import hold
 from models.paths import RUNS_DIR
 from models.paths import find_run as path_of_run
 from models.paths import snapshots as students_in
@@ -125,13 +125,10 @@ def read_config(run_dir: Path) -> DistillConfig:
 
 def lock(run_dir: Path, otherwise: str) -> TextIO:
     """Hold the run until the process ends, or the file is closed; `otherwise` is the error if another process does."""
-    file = open(run_dir / LOCK, "w", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(run_dir / LOCK, wait=False)
     except BlockingIOError:
-        file.close()
         raise UserError(otherwise) from None
-    return file
 
 
 def is_finished(run_dir: Path, config: DistillConfig) -> bool:
@@ -245,9 +242,7 @@ def open_run(place: Place, config: DistillConfig, launch: dict[str, Any]) -> Ope
             return OpenedRun(place.chosen, None, is_finished=True)
         return _take(place.chosen, config, launch, changed)
     make_folder(place.outdir, "outdir")
-    with open(place.outdir / LOCK, "w", encoding="utf-8") as numbering:
-        # Launches at the same time take different numbers, or find each other's run.
-        fcntl.flock(numbering, fcntl.LOCK_EX)
+    with hold(place.outdir / LOCK):  # launches at the same time take different numbers, or find each other's run
         run_dir, finished = locate_run(place, config)
         if finished and run_dir is not None:
             return OpenedRun(run_dir, None, is_finished=True)
