@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,14 +39,6 @@ def need_logger(name: str) -> Any:
             f"--log={name} needs the {name} package ({first_line(error)}); run: pip install {name}"
         ) from None
     return module
-
-
-class Backend(Protocol):
-    def scalars(self, values: Mapping[str, float], images: int) -> None: ...
-
-    def picture(self, picture: Image.Image, images: int) -> None: ...
-
-    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -114,10 +106,8 @@ def _wandb_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-BACKENDS: dict[str, Callable[[Any, Path, Mapping[str, Any], int], Backend]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-}
+Backend = TensorBoard | WandB
+BACKENDS: dict[str, type[Backend]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class RunLogger:
