@@ -22,17 +22,7 @@ from dnnlib import UserError
 from dnnlib.progress import progress
 
 from .. import distributed
-
-
-class ImageSource(Protocol):
-    """Images by index, uint8 `[C, H, W]`, all of one shape. What it cannot read is a `UserError`.
-
-    A copy (`copy.copy`) that went through `__getstate__` shares no open file with the original.
-    """
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> np.ndarray: ...
+from .image_set import ImageDataset
 
 
 class FeatureNetwork(Protocol):
@@ -62,7 +52,7 @@ def choose(count: int, num: int | None = None, seed: int = 0) -> np.ndarray:
 class _Decoded(Dataset):
     """Decoding in workers. An error becomes a value: what a worker raises would reach the user as a traceback."""
 
-    def __init__(self, source: ImageSource, indices: range) -> None:
+    def __init__(self, source: ImageDataset, indices: range) -> None:
         # A copy, for workers that are forks must not share an open archive and its position.
         self.source, self.indices = copy.copy(source), indices
 
@@ -81,7 +71,7 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
     return errors[0] if errors else torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
-def decoded_batches(source: ImageSource, batch: int, workers: int = 0) -> Iterator[Tensor]:
+def decoded_batches(source: ImageDataset, batch: int, workers: int = 0) -> Iterator[Tensor]:
     """This rank's share of the images as uint8 `[≤ batch, C, H, W]`, decoded in `workers` processes.
 
     Raises:
