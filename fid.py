@@ -208,7 +208,7 @@ def gen(model_path: str, seeds: list[int], class_index: int | None, ref: str, tr
       torchrun --standalone --nproc_per_node=4 fid.py gen --model_path=0 --seeds=0-49999 --ref=cifar10
       python fid.py gen --model_path=teacher --dataset_name=cifar10 --seeds=0-49999 --trials=3 --ref=cifar10
     """
-    device = pick_device(opts["device"], distributed.local_rank())
+    device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
     choices = sampler_options(opts)
     blocks = seed_blocks(seeds, trials)
@@ -273,7 +273,7 @@ def compare(
       python fid.py compare --model_path=0 --ref=emoji32 --detector=efficientnet-lite0
       python fid.py compare --model_path=0 --also=1 --also=2 --ref=emoji32 --detector=efficientnet-lite0
     """
-    device = pick_device(opts["device"], distributed.local_rank())
+    device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
     if len(seeds) <= nearest_k:
         raise UserError(f"{len(seeds)} --seeds are too few for --nearest_k={nearest_k}; give more")
@@ -366,7 +366,7 @@ def curve(run: str, seeds: list[int], ref: str, num_steps: int | None, **opts: A
     Examples:
       python fid.py curve 0 --ref=emoji32 --detector=efficientnet-lite0
     """
-    device = pick_device(opts["device"], distributed.local_rank())
+    device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
     place = find_run(run)
     paths = snapshots(place)

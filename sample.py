@@ -149,7 +149,7 @@ def main(model_path: str, dataset_name: str | None, seeds: list[int], class_inde
       python sample.py --model_path=teacher --dataset_name=emoji32 --solver=euler --num_steps=3 --grid=True
       torchrun --standalone --nproc_per_node=4 sample.py --model_path=0 --seeds=0-49999 --batch=256
     """
-    device = pick_device(opts["device"], distributed.local_rank())
+    device = pick_device(opts["device"])
     precision = pick_precision(opts["precision"], device)
     check_mode(opts["cuda_graph"], device)
     pick_decode_precision(opts["decode_precision"], device)

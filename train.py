@@ -178,7 +178,7 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
       python train.py --model_path=teachers/mine/teacher.safetensors --total_kimg=20 --batch=64 --lr=3e-4
       python train.py --is_second_stage=True --model_path=1 --num_steps=3 --M=2
     """
-    device = pick_device(opts["device"], distributed.local_rank())
+    device = pick_device(opts["device"])
     name = teacher_name(dataset_name, model_path, opts["is_second_stage"])
     settings = {k: v for k, v in opts.items() if k in DistillConfig.__dataclass_fields__}
     settings["precision"] = pick_precision(opts["precision"], device)

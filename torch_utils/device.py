@@ -60,13 +60,12 @@ def plain_operations() -> Iterator[None]:
         _plain = before
 
 
-def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
+def pick_device(name: str | None = None) -> torch.device:
     """The device that `name` asks for (`cuda`, `cuda:1`, `mps`, `cpu`); None picks CUDA if it is there, else the CPU.
 
-    MPS has to be asked for: nothing here has been run on it yet.
-
-    A bare `cuda` becomes the GPU of this process' `local_rank`.
+    MPS has to be asked for: nothing here has been run on it yet. A bare `cuda` becomes this process' own GPU.
     """
+    local_rank = environment_number("LOCAL_RANK", 0)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

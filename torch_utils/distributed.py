@@ -36,10 +36,6 @@ BUCKET_BYTES = 32 << 20
 TIMEOUT = timedelta(minutes=30)
 
 
-def local_rank() -> int:
-    return environment_number("LOCAL_RANK", 0)
-
-
 def init(device: torch.device) -> None:
     """Join the group that torchrun describes; without torchrun there is one process and no group."""
     if device.type == "cuda":

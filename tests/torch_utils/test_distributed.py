@@ -138,10 +138,10 @@ def test_numbers_of_steps_are_drawn_evenly():
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     distributed.init(torch.device("cpu"))
-    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.expected_world_size() == 1 and distributed.is_first_process()
     assert distributed.on_first_rank(lambda: 7) == 7
     assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
@@ -312,4 +312,12 @@ def test_processes_that_would_share_a_gpu_are_refused(name, processes, gpus, mes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=message):
-        pick_device(name, 0)
+        pick_device(name)
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert pick_device() == pick_device("cuda") == torch.device("cuda", rank)

@@ -25,7 +25,7 @@ from .sources import REFERENCES, Source
 
 def join(device: str | None) -> torch.device:
     """The device of this process, which joins the process group and sets the backends up."""
-    found = pick_device(device, distributed.local_rank())
+    found = pick_device(device)
     configure_backends()
     distributed.init(found)
     return found
