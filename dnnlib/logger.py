@@ -19,19 +19,17 @@ class Logger:
 
     def __call__(self, line: str) -> None:
         self._file.write(line + "\n")
-        if self._stream is not None:
-            self._print(line, self._stream)
-
-    def _print(self, line: str, stream: TextIO) -> None:
+        if self._stream is None:
+            return
         from tqdm import tqdm  # kept out of the start of commands
 
         try:
-            tqdm.write(line, file=stream)
-            stream.flush()
+            tqdm.write(line, file=self._stream)
+            self._stream.flush()
         except (OSError, ValueError):  # ValueError: it is closed
-            self._stream = None
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())  # what it holds back would be an error at the very end
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # what it holds back would be an error at the very end
+            self._stream = None
 
     def close(self) -> None:
         self._file.close()

@@ -149,12 +149,12 @@ def _per_sample(
     return took / batch
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a product of square matrices."""
     # Several at a time: the processor time of other threads comes in steps of milliseconds.
     size, count = (2048, 4) if device.type == "cpu" else (8192, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 * count / min(timed(lambda: [a @ b for _ in range(count)], device) for _ in range(repeats + 1))
+    return 2 * size**3 * count / min(timed(lambda: [a @ b for _ in range(count)], device) for _ in range(6))
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:

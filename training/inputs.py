@@ -27,9 +27,9 @@ def random_inputs(net: Precond, batch: int, device: torch.device) -> dict[str, A
     return inputs
 
 
-def fill_randomly(module: nn.Module, seed: int = 0) -> None:
+def fill_randomly(module: nn.Module) -> None:
     """Weights that keep features of about unit variance, for a module without any."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     for name, tensor in module.state_dict(keep_vars=True).items():
         value = torch.randn(tensor.shape, generator=rng) / max(tensor[0].numel() if tensor.ndim > 1 else 400, 1) ** 0.5
         if tensor.ndim == 1 and name.endswith(("weight", "running_var")):
