@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from dnnlib import UserError, make_folder, one_line_errors
 from dnnlib.options import Group, Whole, precision_option, section
+from dnnlib.progress import say
 from models.detectors import Detector
 from models.detectors.clip_score import DEFAULT as CLIP
 from models.detectors.clip_score import ClipScorer, clip_score
@@ -40,7 +41,6 @@ from training.evaluation.commands import (
     join,
     missing_paths,
     open_extractor,
-    say,
 )
 from training.evaluation.curve import evaluate
 from training.evaluation.figures import can_draw, draw_by_kimg

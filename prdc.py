@@ -12,11 +12,12 @@ import torch
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import SEED, Group, Whole, section
+from dnnlib.progress import say
 from models.detectors import Detector
 from torch_utils import distributed
 from torch_utils.metrics.features import choose
 from torch_utils.metrics.prdc import precision_recall_density_coverage
-from training.evaluation.commands import check, missing_paths, open_extractor, say
+from training.evaluation.commands import check, missing_paths, open_extractor
 from training.evaluation.functions import Images, as_features, feature_sets
 from training.evaluation.records import append_records
 from training.evaluation.sources import open_images, open_reference

@@ -15,6 +15,7 @@ import torch
 
 from dnnlib import UserError, one_line_errors
 from dnnlib.options import SEED, Command, Real, Whole, device_option, offline_option, precision_option, section
+from dnnlib.progress import is_first_process
 from models.detectors import check_detector
 from models.registry import ROWS, known_names
 from solvers import SCHEDULES, SOLVERS
@@ -199,13 +200,13 @@ def main(preset: str | None, dataset_name: str | None, model_path: str | None, m
     evaluation = planned_evaluation(name, device, settings["precision"], opts)
     configure_backends(opts["bench"])
     if opts["dry_run"]:
-        if distributed.is_first_process():
+        if is_first_process():
             config = settle(config)
             click.echo(json.dumps(config.to_json(), indent=2))
             click.echo(describe(config, plan_run(place, config)))
             click.echo(estimate(config, device, processes, opts["batch_gpu"], opts["gradient_checkpointing"]))
         return
-    if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and distributed.is_first_process():
+    if preset and device.type == "cpu" and ROWS[name].loader != "embedded" and is_first_process():
         cost = estimate(config, device, processes, opts["batch_gpu"]).splitlines()[-1]
         click.echo(f"Warning: preset {preset} is made for GPUs and runs on the CPU. {cost}", err=True)
     loop.train(

@@ -13,25 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
-
 from .errors import UserError
 from .files import parse_json, sha256_of, write_text
 from .locks import hold
+from .progress import say
 
 
 def cache_dir() -> Path:
     """Where downloaded files go: `SFD_CACHE`, or `./src`."""
     return Path(os.environ.get("SFD_CACHE") or "src")
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(line: str) -> None:
-    if is_first_rank():
-        click.echo(line, err=True)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from typing import Any
 
 import requests
 
-from .checksums import cache_dir, is_first_rank, is_there, locked, mismatch, recorded_digest, say, write_record
+from .checksums import cache_dir, is_there, locked, mismatch, recorded_digest, write_record
 from .errors import UserError
 from .files import parse_json, sha256_of, write_text
-from .progress import progress
+from .progress import is_first_process, progress, say
 
 __all__ = ["HUB", "cache_dir", "derive", "fetch", "is_offline"]
 
@@ -343,7 +343,7 @@ class _Pace:
 def _append(part: _Part, response: requests.Response, size: int | None, limit: int, pace: _Pace) -> None:
     """Write what comes; what has filled the disk, or is more than the `limit`, is removed."""
     name = part.path.name[: -len(".part")]
-    shown = progress(size, "B", part.size, name, is_first_rank(), unit_scale=True)
+    shown = progress(size, "B", part.size, name, is_first_process(), unit_scale=True)
     total = part.size
     try:
         with open(part.path, "ab") as file, shown as bar:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import click
 
+from .progress import is_first_process
 from .signals import Stopped, signals, stoppable
 
 #: How gloo and NCCL say that the other side is gone, or too slow.
@@ -157,7 +158,7 @@ def with_flag(error: UserError, command: click.Command) -> str:
 
 def _report(error: BaseException, command: click.Command) -> None:
     """Say on rank 0 what ended the command, or leave it to rank 0; returns if that is not the user's to mend."""
-    is_first = not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0"))
+    is_first = is_first_process()
     message: str | None
     if isinstance(error, Stopped):
         message = _reason(is_first, 0)

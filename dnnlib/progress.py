@@ -1,14 +1,29 @@
-"""Progress for people: a bar on a terminal, a line now and then elsewhere."""
+"""What people are told on the way, by rank 0: remarks, and progress as a bar on a terminal or a line now and then."""
 
+import os
+import re
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
+import click
+
 from .formatting import format_duration
 
 #: Seconds between two lines.
 INTERVAL = 60.0
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or a process on its own; also before there is a process group."""
+    return not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0"))
+
+
+def say(line: str) -> None:
+    """Print a remark on rank 0, apart from the results."""
+    if is_first_process():
+        click.echo(line, err=True)
 
 
 class Lines:

@@ -136,11 +136,6 @@ def expected_world_size() -> int:
     return environment_number("WORLD_SIZE", 1)
 
 
-def is_first_process() -> bool:
-    """Whether this is rank 0, also before `init`."""
-    return environment_number("RANK", 0) == 0
-
-
 def barrier() -> None:
     """Wait for all processes; over gloo, which a busy GPU does not hold up."""
     if dist.is_initialized():

@@ -12,12 +12,12 @@ import click
 
 from dnnlib import UserError
 from dnnlib.options import Real, Whole, device_option, offline_option, section
+from dnnlib.progress import is_first_process
 from models.detectors import NAMES, check_detector
 from models.detectors.inception import RESIZES
 from models.registry import known_names
 from models.sampling import SamplerOptions
 from solvers import SCHEDULES, SOLVERS
-from torch_utils import distributed
 from torch_utils.graphs import MODES
 
 from .evaluation.figures import PRDC, check_suffix
@@ -197,7 +197,7 @@ dry_run_option = click.option("-n", "--dry-run", help="Print what would be done,
 
 def show_plan(**plan: Any) -> None:
     """What a command would do, as JSON, of rank 0."""
-    if distributed.is_first_process():
+    if is_first_process():
         click.echo(json.dumps(plan, indent=2))
 
 

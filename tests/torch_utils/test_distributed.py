@@ -27,6 +27,7 @@ from tiny import (
 )  # fmt: skip
 
 from dnnlib import UserError
+from dnnlib.progress import is_first_process
 from torch_utils import distributed
 from torch_utils.device import pick_device
 from training.conditions import draw_labels, draw_noise, draw_num_steps
@@ -142,7 +143,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     distributed.init(torch.device("cpu"))
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.expected_world_size() == 1 and distributed.is_first_process()
+    assert distributed.expected_world_size() == 1 and is_first_process()
     assert distributed.on_first_rank(lambda: 7) == 7
     assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
     with pytest.raises(UserError, match="bad"):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from dnnlib import UserError, make_folder
+from dnnlib.progress import say
 from models.detectors import Detector, load_detector
 from torch_utils import distributed
 from torch_utils.device import configure_backends, pick_device
@@ -47,12 +47,6 @@ def check_outputs(**paths: str | Path | None) -> None:
                 raise UserError(f"{path} is no file; choose another name", about)
             if Path(path).exists() and not os.access(path, os.W_OK):
                 raise UserError(f"{path} cannot be written; choose another name", about)
-
-
-def say(line: str) -> None:
-    """Print a remark on rank 0, apart from the results."""
-    if distributed.is_first_process():
-        click.echo(line, err=True)
 
 
 def check(source: Source) -> None:

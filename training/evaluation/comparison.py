@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import write_text
+from dnnlib.progress import say
 from models.model import VARIABLE_STEPS, Student
 from models.opening import BEST, TRAINING_FREE, ComparedSampler, OpenedSampler, named_students, rivals
 from models.registry import ASSETS
@@ -21,7 +22,7 @@ from torch_utils import distributed
 from torch_utils.metrics.prdc import precision_recall_density_coverage
 
 from ..options import describe_seeds
-from .commands import record_distance, say
+from .commands import record_distance
 from .extractor import Extractor, Reference
 from .figures import as_csv, as_latex, as_markdown, can_draw, draw_comparison
 from .records import find_record
