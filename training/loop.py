@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def distil(
             if line := health.check(state.images):
                 report.log(line)
 
-            # A large batch can jump over ticks, so multiples are crossed rather than met.
             ticks_before, ticks = before // tick_images, state.images // tick_images
+            # A large batch can jump over ticks, so multiples are crossed rather than met.
+            crossed = partial(_has_multiple, ticks_before, ticks)
             done = state.images >= total
             stopped = stops.poll(asked() is not None) and not done
-            ticked = done or ticks > ticks_before
+            ticked = done or crossed(1)
             if not ticked and not stopped:
                 continue
             health.check_weights(state.images)  # waits for the device
@@ -83,10 +85,10 @@ def distil(
                 report.tick(ticks, losses, duration, maintenance)
             # The student comes before the state, after which it would be missing for good; who stops has no time for
             # its picture.
-            snapped = not done and ticks // intervals.snap > ticks_before // intervals.snap
+            snapped = not done and crossed(intervals.snap)
             if snapped:
                 save_snapshot(state, report, run_dir, intervals, picture=not stopped)
-            if done or stopped or ticks // intervals.dump > ticks_before // intervals.dump:
+            if done or stopped or crossed(intervals.dump):
                 state.save(run_dir, intervals.keep)
             if stopped:
                 distributed.barrier()  # the first process that ends makes torchrun end the others
@@ -95,13 +97,18 @@ def distil(
                 where = f"at kimg {state.images / 1000:g}, the state is saved; repeat the command to go on"
                 report.log(f"Stopped by {by} {where}")
                 raise Stopped(number, message="")
-            if evaluation is not None and snapped and (line := evaluation(run_dir, state.images)):
-                report.log(line)
+            if evaluation is not None and snapped and crossed(intervals.snap * evaluation.every):
+                report.log(evaluation(run_dir, state.images))
             maintenance, tick_start = time.time() - tick_end, time.time()
         # Last of all, for a run that has its last student counts as finished.
         save_snapshot(state, report, run_dir, intervals)
-        if evaluation is not None and (line := evaluation(run_dir, state.images, is_last=True)):
-            report.log(line)
+        if evaluation is not None:
+            report.log(evaluation(run_dir, state.images))
+
+
+def _has_multiple(before: int, after: int, number: int) -> bool:
+    """Whether a multiple of `number` is above `before` and not above `after`."""
+    return after // number > before // number
 
 
 def save_snapshot(

@@ -35,6 +35,7 @@ from models.registry import ROWS, DatasetSpec
 from prdc import compute_prdc
 from torch_utils.checkpoint import read_network, save_network
 from torch_utils.metrics.image_set import ImageDataset
+from training.distill import Distiller
 from training.evaluation import comparison
 from training.evaluation import curve as curve_module
 from training.evaluation import figures as figures_module
@@ -397,6 +398,20 @@ def test_snapshots_are_evaluated_along_the_way_and_training_does_not_notice(file
     assert same(weights(Path("with")), weights(Path("without"))) and not Path("without/metrics.jsonl").exists()
     curve(files, run="with").ok()
     assert read_records("with/metrics.jsonl") == found
+
+
+def test_a_run_that_was_interrupted_is_evaluated_where_another_is(files, monkeypatch):
+    detector = load_detector(str(files / "patches.pt"), "cpu", runs_code=True)
+    monkeypatch.setattr(curve_module, "load_detector", lambda *args: detector)
+    often = dict(eval_every=2, eval_num=9, eval_ref=files / "real")
+    trained(files, "whole", **often).ok()
+    real, calls = Distiller.iterate, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "iterate", lambda *args: calls.append(1) or real(*args) if len(calls) < 3 else [][0])
+        assert trained(files, "parts", **often).code != 0
+    trained(files, "parts", **often).ok()
+    values = [[r["value"] for r in read_records(f"{name}/metrics.jsonl")] for name in ("whole", "parts")]
+    assert values[0] == values[1] and len(values[0]) == 2  # after 32 images, and the last
 
 
 def test_an_evaluation_that_cannot_be_is_refused_before_the_run(files):

@@ -73,16 +73,13 @@ class Evaluation:
 
     def __init__(self, every: int, ref: str, detector: str, num: int, device: torch.device, precision: str) -> None:
         open_ref = open_reference(ref, statistics=True)
-        self.every, self.seeds, self.precision, self.seen = every, range(num), precision, 0
+        self.every, self.seeds, self.precision = every, range(num), precision
         self.extractor = Extractor(load_detector(detector, device), EVALUATION_BATCH, workers=0)
         source = open_ref()
         self.reference = Reference(ref, source, self.extractor.reference(source, keep=False))
 
-    def __call__(self, run_dir: Path, images: int, is_last: bool = False) -> str | None:
-        """Evaluate the snapshot at `images` if it is its turn, every rank its share; returns a line for the log."""
-        self.seen += 1
-        if self.seen % self.every and not is_last:
-            return None
+    def __call__(self, run_dir: Path, images: int) -> str:
+        """Evaluate the snapshot at `images`, every rank its share; returns a line for the log."""
         how = (SamplerOptions(), self.seeds, self.reference, self.extractor, self.precision)
         (found,) = evaluate({images // 1000: run_dir / snapshot_name(images)}, *how, run_dir / "metrics.jsonl")
         return f"{found['metric']} {found['value']:g} of {len(self.seeds)} images at kimg {found['kimg']}"
