@@ -376,7 +376,7 @@ def curve(run: str, seeds: list[int], ref: str, num_steps: int | None, **opts: A
                          out=str(out), detector=opts["detector"], precision=precision, device=str(device),
                          missing=missing_paths(ref))  # fmt: skip
     open_ref = open_reference(ref, statistics=True)
-    extractor = open_extractor(opts)
+    extractor = open_extractor({**opts, "out": out})
     reference = describe_reference(ref, open_ref, extractor, keep=False)
     results = evaluate(paths, SamplerOptions(num_steps=num_steps), seeds, reference, extractor, precision, out)
 

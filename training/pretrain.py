@@ -18,7 +18,16 @@ import click
 import torch
 from torch import Tensor
 
-from dnnlib import Logger, UserError, format_count, format_duration, make_folder, one_line_errors, write_text
+from dnnlib import (
+    Logger,
+    UserError,
+    first_line,
+    format_count,
+    format_duration,
+    make_folder,
+    one_line_errors,
+    write_text,
+)
 from dnnlib.options import SEED, Command, Real, Whole, device_option, precision_option, section
 from dnnlib.progress import progress
 from torch_utils.checkpoint import read_settings
@@ -108,7 +117,7 @@ def check_network(network: dict[str, Any]) -> None:
             net = build(network)
             net(torch.zeros(1, network["img_channels"], size, size), torch.ones(1))
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error, 120)
         raise UserError(
             f"--channels={width} with --mult={levels} makes no network ({reason}); try --channels=32"
         ) from None
