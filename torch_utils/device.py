@@ -144,11 +144,15 @@ def share_cores() -> int:
     torchrun sets it to 1 where the user did not, which leaves most of a workstation idle. Returns the threads of this
     process.
     """
-    processes = environment_number("LOCAL_WORLD_SIZE", 1)
-    if processes > 1 and not _chose_threads():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // processes))
+    if environment_number("LOCAL_WORLD_SIZE", 1) > 1 and not _chose_threads():
+        torch.set_num_threads(own_cores())
     return torch.get_num_threads()
+
+
+def own_cores() -> int:
+    """Cores that this process may use, or its share of them beside the other processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // environment_number("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -21,6 +20,7 @@ from dnnlib import UserError, check_regular, first_line, make_folder, parse_json
 from dnnlib.locks import hold
 
 from . import distributed
+from .device import own_cores
 from .images import to_pil
 
 OPTIONS, LOCK = "sampling_options.json", ".lock"
@@ -55,7 +55,7 @@ class ImageWriter:
         self.dest, self.subdirs = Path(dest), subdirs
         self.zipped = self.dest.suffix == ".zip"
         self.folder = self.dest.with_name(f".{self.dest.name}.parts") if self.zipped else self.dest
-        threads = max(min((os.cpu_count() or 1) // distributed.expected_world_size(), 8), 1)
+        threads = min(own_cores(), 8)
         self._pool = ThreadPoolExecutor(threads)
         self._pending: deque[Future] = deque()
         self._limit = threads * PENDING_PER_THREAD

@@ -37,3 +37,14 @@ def test_processes_share_the_cores(monkeypatch, environment, started_with, threa
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: started_with)
     devices.share_cores()
     assert chosen == ([] if threads is None else [threads])
+
+
+def test_a_process_decodes_and_encodes_on_its_share_of_the_cores(monkeypatch):
+    """Those that it may use (taskset, Slurm), not all that the machine has."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    found = []
+    for processes in ("1", "2", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        found.append(devices.own_cores())
+    assert found == [3, 1, 1]

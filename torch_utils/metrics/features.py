@@ -7,7 +7,6 @@ float64, reduced over ranks. Nothing grows with the number of images unless the 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +21,7 @@ from dnnlib import UserError
 from dnnlib.progress import progress
 
 from .. import distributed
+from ..device import own_cores
 from .image_set import ImageDataset
 
 
@@ -78,7 +78,7 @@ def decoded_batches(source: ImageDataset, batch: int, workers: int = 0) -> Itera
         UserError: an image that cannot be read.
     """
     dataset = _Decoded(source, distributed.shard(len(source)))
-    workers = min(workers, len(dataset) // batch, os.cpu_count() or 1)
+    workers = min(workers, len(dataset) // batch, own_cores())
     loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_stack, prefetch_factor=2 if workers else None)
     for images in loader:
         if isinstance(images, str):
