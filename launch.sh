@@ -193,7 +193,7 @@ list() {
   presets
   cat <<'END'
 
-quickstart installs, distils the embedded teacher, samples and compares: 7 minutes on two CPU cores. emoji32 took 112
+quickstart installs, distils the embedded teacher, samples and compares: 7 minutes on two CPU cores. emoji32 took 28
 minutes on one CPU core. FID (50k images, num_steps 4 to 7 of SFD-v in this order) and A100 hours are those of the paper
 (arXiv 2409.19681), the hours of a second stage with the model that it starts from; "-": none published. 24 GB hold: so
 many samples at a time (estimated); --batch-gpu=auto finds it out and accumulates. Guidance doubles the NFE

@@ -132,12 +132,17 @@ def markdown() -> str:
     lines = ["| NAME | FID, NFE 2 / 3 / 4 / 5 | SFD-v | NFE 1 | A100 hours | measured |", "|---|---|---|---|---|---|"]
     others = []
     for name, six in families().items():
-        measured = [f"{p.name} FD {p.fd.replace('/', ' / ')} in {p.minutes} min" for p in six if p.fd != "-"]
+        groups = {"": six[:4], "SFD-v ": six[4:5], "NFE 1 ": six[5:]}
+        measured = [
+            f"{kind}{join('/'.join(p.fd for p in group).split('/'))} in {join([p.minutes for p in group])} min"
+            for kind, group in groups.items()
+            if any(p.fd != "-" for p in group)
+        ]
         if not measured and all(preset.fid == "-" for preset in six):
             others.append(f"`{name}`")
             continue
         cells = [join([p.fid for p in six[:4]]), join(six[4].fid.split("/")), six[5].fid.replace("-", "–")]
-        cells += [join([p.hours for p in six]), "; ".join(measured) or "–"]
+        cells += [join([p.hours for p in six]), "FD " + "; ".join(measured) if measured else "–"]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Without a published number: {', '.join(others)}.", ""])
 

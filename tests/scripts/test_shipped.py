@@ -41,25 +41,29 @@ def shipped(precision: str = "bf16") -> dict[tuple[str, int], dict]:
     return {(r["label"], r["nfe"]): r for r in rows}
 
 
-def test_the_student_is_small_and_says_what_made_it():
+@pytest.mark.parametrize("preset", make_student.STUDENTS)
+def test_students_are_small_and_say_what_made_them(preset):
     """Half precision, distilled from the teacher that ships, by the preset."""
-    assert STUDENT.stat().st_size <= 4.1e6
-    with safe_open(str(STUDENT), "pt") as file:
+    student, _ = make_student.STUDENTS[preset]
+    assert student.stat().st_size <= 4.4e6
+    with safe_open(str(student), "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
-    settings = read_settings(STUDENT)
+    settings = read_settings(student)
     assert settings["sampling"]["teacher_sha256"] == sha256_of(TEACHER)
     training = {name.replace("-", "_"): str(value) for name, value in settings["training"].items()}
-    for name, value in find_preset("emoji32").flags.items():
+    for name, value in find_preset(preset).flags.items():
         found = training.get(name.replace("-", "_"))
         if name not in ("tick", "snap", "dump"):
             assert found == value or float(found) == float(value), name
 
 
-def test_its_images_are_there_in_a_moment():
-    images = load_student(STUDENT).sample(range(16))
+@pytest.mark.parametrize("preset", make_student.STUDENTS)
+def test_their_images_are_there_in_a_moment(preset):
+    student, _ = make_student.STUDENTS[preset]
+    images = load_student(student).sample(range(16))
     assert images.shape == (16, 32, 32, 3) and images.std() > 30
     assert len({image.tobytes() for image in images}) == 16
-    invoke("sample", f"--model_path={STUDENT}", "--seeds=0-15", "--grid=True", "--outdir=x", "--device=cpu").ok()
+    invoke("sample", f"--model_path={student}", "--seeds=0-15", "--grid=True", "--outdir=x", "--device=cpu").ok()
     with Image.open("x/grid.png") as grid:
         assert grid.size[1] == 4 * 64
 
@@ -88,11 +92,13 @@ def test_the_tables_are_of_these_rows():
     table = (ASSETS / "metrics.md").read_text(encoding="utf-8")
     for (label, nfe), row in shipped().items():
         assert f"| {label} | {nfe} | {row['value']:.4g} |" in table
-    (own,) = re.findall(r"^\| student \| 2 \| ([\d.]+) \|", table, re.M)
-    assert float(find_preset("emoji32").fd) == pytest.approx(float(own), abs=0.1)
+    for preset, (_, label) in make_student.STUDENTS.items():
+        own = re.findall(rf"^\| {label} \| \d \| ([\d.]+) \|", table, re.M)
+        assert [float(fd) for fd in find_preset(preset).fd.split("/")] == pytest.approx(list(map(float, own)), abs=0.1)
     compared = (ASSETS / "compare.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| ([^|]+) \| (\d+) \|", compared, re.M) == [
         ("teacher, Heun", "35"), ("Euler", "2"), ("DPM-Solver++", "2"), ("DPM-Solver++", "5"), ("student", "2"),
+        ("student, second stage", "1"),
     ]  # fmt: skip
 
 
@@ -120,11 +126,14 @@ def test_rows_of_others_do_not_ship():
 
 
 def test_the_result_goes_into_the_preset():
-    text = "presets:\n  quickstart: {use: emoji32 nfe2, total_kimg: 2.5}\n  emoji32: {use: emoji32 nfe2, total_kimg: 20%s}\n  x: {}\n"
-    for before in ("", ", fd: 1.0, minutes: 2"):
-        assert make_student.with_result(text % before, 719.14, 41.6) == text % ", fd: 719.1, minutes: 42"
+    text = "shared:\n  emoji32: {x: 1}\n\npresets:\n  emoji32: {use: emoji32 nfe2, total_kimg: 20%s}\n  emoji32-v: {}\n"
+    for before in ("", ", fd: 1.0, minutes: 2", ", fd: 1.0/2.0, minutes: 2"):
+        assert make_student.with_result(text % before, "emoji32", [719.14], 41.6) == text % ", fd: 719.1, minutes: 42"
     own = make_student.PRESETS.read_text(encoding="utf-8")
-    assert make_student.with_result(own, 1, 2) != own
+    for name in make_student.STUDENTS:
+        pairs = zip(make_student.with_result(own, name, [1, 2], 3).split("\n"), own.split("\n"), strict=True)
+        (line,) = [changed for changed, before in pairs if changed != before]
+        assert line.startswith(f"  {name}: ") and line.endswith(", fd: 1.0/2.0, minutes: 3}")
 
 
 @pytest.mark.slow
@@ -150,8 +159,8 @@ def test_the_command_replaces_all_that_ships(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         after = {path.name: sha256_of(path) for path in (copy / "assets").iterdir()}
         changed = {name for name in after if after[name] != before.get(name)}
-        assert changed == {"emoji32-cond-teacher.safetensors", "emoji32-student.safetensors", "emoji32-rows.jsonl", "metrics.md",
-                           "metrics.png", "compare.md", "compare.png"}  # fmt: skip
+        assert changed == {"emoji32-cond-teacher.safetensors", *(path.name for path, _ in make_student.STUDENTS.values()),
+                           "emoji32-rows.jsonl", "metrics.md", "metrics.png", "compare.md", "compare.png"}  # fmt: skip
     rows = [json.loads(line) for line in (copy / "assets" / "emoji32-rows.jsonl").read_text().splitlines()]
     assert len(rows) == 14 and {row["N"] for row in rows} == {16}
     assert {row["sampler"]["sha256"] for row in rows} == {
@@ -159,5 +168,6 @@ def test_the_command_replaces_all_that_ships(tmp_path):
     }
     assert read_settings(copy / "assets" / "emoji32-student.safetensors")["training"]["total_kimg"] == 0.016
     presets = (copy / "training" / "presets.yaml").read_text()
-    assert "fd: " in re.search(r"^  emoji32: \{use: emoji32 nfe2.*", presets, re.M)[0]
+    for name, count in (("emoji32", 1), ("emoji32-v", 4), ("emoji32-1nfe", 1)):
+        assert len(re.search(rf"^  {name}: .* fd: ([^,]*), minutes", presets, re.M)[1].split("/")) == count
     assert Path(copy / "README.md").read_text(encoding="utf-8") != (ROOT / "README.md").read_text(encoding="utf-8")
