@@ -164,7 +164,7 @@ def named_students(first: OpenedSampler, others: Iterable[OpenedSampler]) -> dic
     """Students of one teacher by what tables and pictures call them: `student`, and the others by what they are.
 
     Raises:
-        UserError: one is no student, or is that of another teacher.
+        UserError: one is no student, is that of another teacher, or has the name of one that is there already.
     """
     found = {"student": first}
     for other in others:
@@ -175,7 +175,10 @@ def named_students(first: OpenedSampler, others: Iterable[OpenedSampler]) -> dic
             )
         kind = "second stage" if settings.is_second_stage else "SFD-v" if settings.is_variable else "SFD"
         label = f"student, {kind}"
-        found[f"{label} ({other.name})" if label in found else label] = other
+        label = f"{label} ({other.name})" if label in found else label
+        if label in found:
+            raise UserError(f"{other.name} is there twice; one of a name can be compared", "also")
+        found[label] = other
     return found
 
 

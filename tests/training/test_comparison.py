@@ -207,6 +207,7 @@ def test_students_of_other_teachers_are_compared_apart(files):
     )
     invoke("fid", *arguments(files), f"--also={teacher()}").refused("--also: is a teacher; expected a student")
     invoke("fid", *arguments(files), "--also=nowhere").refused("nowhere")
+    invoke("fid", *arguments(files), *[f"--also={student()}"] * 3).refused("--also: .* is there twice")
 
 
 def test_two_processes_give_the_same_numbers(files, tmp_path):

@@ -45,7 +45,7 @@ def samplers(student: OpenedSampler, precision: str, also: Sequence[OpenedSample
     found = rivals(student, [(solver, steps) for solver in TRAINING_FREE for steps in STEPS])
     for label, opened in students.items():
         model, rate = opened.sampler.model, opened.sampler.plan.guidance_rate
-        assert isinstance(model, Student)  # named_students refuses others
+        assert isinstance(model, Student)  # rivals and named_students refuse others
         for n in VARIABLE_STEPS if model.sampling.is_variable else (model.sampling.num_steps,):
             sampler = student_sampler(model, n, rate, opened.sampler.prompts)
             found.append(ComparedSampler(label, sampler, {**opened.identity, "num_steps": n}))
