@@ -196,7 +196,7 @@ def train(
     config = distributed.on_first_rank(lambda: settle(config))
     share = micro_batch(config.batch, batch_gpu, distributed.world_size())
     if path := distributed.on_first_rank(lambda: runs.finished_run(place, config)):
-        return _finish(path)
+        return _finish(path, None if evaluation is None else evaluation(), config.total_images)
     graphs = Graphs("off" if deterministic and cuda_graph == "auto" else cuda_graph)
     teacher, student = load_models(config, device, teacher_path, graphs)
     if gradient_checkpointing:
@@ -240,8 +240,12 @@ def _captions_of(student: Student, path: str) -> Prompts:
     return Prompts(read_prompts(path))
 
 
-def _finish(run_dir: Path) -> Path:
+def _finish(run_dir: Path, evaluation: Evaluation | None = None, images: int = 0) -> Path:
+    """Say that there is nothing to train; the last evaluation follows where the run was killed before it."""
+    line = None if evaluation is None else evaluation(run_dir, images)
     if distributed.rank() == 0:
         print(f"already finished: {run_dir}; --resume=never trains another one")
+        if line is not None:
+            print(line)
     distributed.shutdown()
     return run_dir

@@ -415,6 +415,19 @@ def test_a_run_that_was_interrupted_is_evaluated_where_another_is(files, monkeyp
     assert values[0] == values[1] and len(values[0]) == 2  # after 32 images, and the last
 
 
+def test_a_run_killed_before_its_last_evaluation_gets_it_by_the_same_command(files, monkeypatch):
+    detector = load_detector(str(files / "patches.pt"), "cpu", runs_code=True)
+    monkeypatch.setattr(curve_module, "load_detector", lambda *args: detector)
+    wanted = dict(eval_every=1000, eval_num=9, eval_ref=files / "real")
+    with monkeypatch.context() as patch:
+        patch.setattr(curve_module.Evaluation, "__call__", lambda *args: [][0])
+        assert trained(files, "out", **wanted).code != 0
+    assert "already finished" in trained(files, "out").ok().output and not Path("out/metrics.jsonl").exists()
+    for _ in range(2):  # what was found stays
+        assert "FD(patches.pt)" in trained(files, "out", **wanted).ok().output
+        assert len(read_records("out/metrics.jsonl")) == 1
+
+
 def test_an_evaluation_that_cannot_be_is_refused_before_the_run(files):
     for changes, words in (
         (dict(eval_every=1), "--eval_ref: .*no reference"),
