@@ -10,21 +10,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnnlib import format_count, format_duration
+from dnnlib import UserError, format_count, format_duration
 from dnnlib.errors import environment_number
-from models.building import build_on_meta
+from models.building import build_on_meta, describe_network
 from models.loading import read_guide
 from models.model import SamplingSettings
 from models.networks.layers import freeze
 from models.precond import Precond
 from models.registry import get_row
+from torch_utils.checkpoint import read_settings
 from torch_utils.device import PRECISIONS, plain_operations
 
 from .config import DistillConfig, micro_batch, source_settings
@@ -251,9 +253,38 @@ def _networks(config: DistillConfig) -> tuple[Precond, Precond | None]:
         source = load_source(config)
         source.check_guidance(config.training_rate)
         return source.net, source.guide
+    net = build_on_meta(get_row(config.dataset_name))
+    return net, _registered_guide(config, net)
+
+
+def _registered_guide(config: DistillConfig, net: Precond) -> Precond | None:
+    """What guides `net`, the network of a registered teacher, where that is another network."""
     row = get_row(config.dataset_name)
-    net = build_on_meta(row)
     if config.guide is not None:
-        return net, read_guide(config.guide, net, row.codec is not None)
-    own = row.guide if config.training_rate != 1 else None
-    return net, None if own is None else build_on_meta(own)
+        return read_guide(config.guide, net, row.codec is not None)
+    return None if row.guide is None or config.training_rate == 1 else build_on_meta(row.guide)
+
+
+def training_cost(path: Path) -> dict[str, float]:
+    """What the training of a student's file took: `training_seconds`, and `training_flops` (operations).
+
+    Of a second stage, without the first. Empty where the file does not say, or where a network or student that it was
+    trained with is gone.
+    """
+    if path.suffix == ".pkl":  # of the published code, which keeps neither
+        return {}
+    settings = read_settings(path)
+    try:
+        training = settings["training"]
+        names = {field.name for field in fields(DistillConfig)}
+        config = DistillConfig(**{name: value for name, value in training.items() if name in names})
+        net = describe_network(settings["network"], str(path))
+        guide = None
+        if config.model_path is None:
+            guide = _registered_guide(config, net)
+        elif config.guide is not None:
+            guide = read_guide(config.guide, net, settings.get("latents") is not None)
+        per_trajectory = run_cost(config, net, source_settings(config), guide).flops_per_trajectory
+        return {"training_seconds": float(training["seconds"]), "training_flops": per_trajectory * training["images"]}
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return {}

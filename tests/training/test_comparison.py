@@ -313,6 +313,16 @@ def test_error_bars_where_there_were_trials(monkeypatch):
     assert drawn == [([1, 2], [2.0, 2.0], [0.5, 0.5])]
 
 
+def test_distances_stand_against_what_training_took_where_all_of_them_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    plain = [{**RESULTS[0], "series": "a", "kimg": k} for k in (1, 2)]
+    costs = [{**r, "training_seconds": 60.0 * r["kimg"], "training_flops": 1e15 * r["kimg"]} for r in plain]
+    axes = [b"kimg", b"minutes of training", b"PFLOP of training"]
+    for records, expected in ((costs, axes), (plain, axes[:1]), ([plain[0], costs[1]], axes[:1])):
+        draw_by_kimg(records, Path("x.svg"))
+        assert [name for name in axes if b">" + name + b"<" in Path("x.svg").read_bytes()] == expected
+
+
 def test_tables_hold_the_same_numbers():
     lines = as_markdown(RESULTS).splitlines()
     rows = list(csv.DictReader(io.StringIO(as_csv(RESULTS))))
@@ -351,6 +361,7 @@ def test_a_curve_has_every_snapshot_and_computes_none_twice(files, run_of_three,
     found = read_records(run_of_three / "metrics.jsonl")
     assert [record["kimg"] for record in found] == [0, 16, 1000000] and len({record["value"] for record in found}) == 1
     assert "16 kimg: FD(patches.pt) " in output
+    assert all(record["training_seconds"] > 0 and record["training_flops"] > 0 for record in found)
     run("fid", "gen", files, seeds="0-8", ref=files / "real", precision="fp32", model_path=student()).ok()
     assert values() == [found[0]["value"]]
 

@@ -5,12 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import invoke, newest_student, only_run, same, teacher, train_flags, weights
+from tiny import class_teacher, invoke, newest_student, only_run, same, teacher, train_flags, weights
 
 from models import EDMPrecond
 from models.building import build_on_meta
+from models.loading import load_teacher
 from models.networks.layers import Conv2d
 from models.registry import get_row
+from torch_utils.checkpoint import read_network, save_network
 from training import cost
 from training.config import DistillConfig
 from training.cost import averaging_seconds, describe_averaging
@@ -108,3 +110,40 @@ def test_averaging_in_half_of_the_bytes_takes_half_of_the_time(monkeypatch):
     lines = [describe_averaging(4 * 55.7e6, how, 16, 0.051) for how in ("none", "bf16")]
     assert "222.80 MB averaged in each step add about 134 ms to 51, on paper (25 Gb/s" in lines[0]
     assert "about 66.8 ms" in lines[1]
+
+
+def test_what_training_took_is_read_from_the_student(tmp_path):
+    """Equal to the cost of its settings, for each trajectory seen; a guided teacher takes two evaluations for one."""
+    path = class_teacher()
+    for name, more in (("plain", {}), ("guided", {"guidance_rate": 2}), ("away", {"guidance_rate": 2, "guide": path})):
+        made = train_flags(path, total_kimg=0.016, outdir=tmp_path / name, **more)
+        assert invoke("train", *made).ok()
+    four = {"num_steps": 7, "M": 0}
+    invoke("train", *train_flags(path, total_kimg=0.016, outdir=tmp_path / "long", **four)).ok()
+    first = train_flags(newest_student(only_run(tmp_path / "long")), total_kimg=0.016, outdir=tmp_path / "second",
+                        is_second_stage=True, num_steps=3, M=2, lpips="off")  # fmt: skip
+    invoke("train", *first).ok()
+    found = {path.name: cost.training_cost(newest_student(only_run(path))) for path in tmp_path.iterdir()}
+    assert all(record["training_seconds"] > 0 for record in found.values())
+    evaluations = {
+        "plain": 6 + 3 * 2,
+        "long": 6 + 3 * 5,
+        "guided": 2 * 6 + 3 * 2,
+        "away": 2 * 6 + 3 * 2,
+        "second": 5 + 3 * 1,
+    }
+    flops = cost.flops_per_evaluation(load_teacher(None, path).net)
+    for name, count in evaluations.items():
+        assert found[name]["training_flops"] == 16 * count * flops
+
+
+def test_a_student_that_does_not_say_what_training_took(tmp_path):
+    run = tmp_path / "run"
+    invoke("train", *train_flags(teacher(), total_kimg=0.008, outdir=run), "--nosubdir").ok()
+    path = newest_student(run)
+    tensors, settings = read_network(path)
+    for changed in (None, {}, {**settings["training"], "images": "many"}, {**settings["training"], "num_steps": None},
+                    {**settings["training"], "model_path": "gone", "guide": "gone", "guidance_rate": 2.0}):  # fmt: skip
+        save_network(path, tensors, {**settings, "training": changed})
+        assert cost.training_cost(path) == {}
+    assert cost.training_cost(tmp_path / "network-snapshot-000001.pkl") == {}

@@ -16,6 +16,7 @@ from models.sampling import SamplerOptions
 from torch_utils import distributed
 from torch_utils.device import PRECISIONS
 
+from ..cost import training_cost
 from ..options import describe_seeds
 from ..runs import snapshot_name
 from .commands import record_distance
@@ -36,7 +37,7 @@ def evaluate(
     precision: str,
     out: Path,
 ) -> list[dict[str, Any]]:
-    """A record for every snapshot, in order; those that `out` holds already are not computed again.
+    """A record for every snapshot, in order, and what its training took; none that `out` holds is computed again.
 
     Args:
         paths: students by kimg.
@@ -52,7 +53,8 @@ def evaluate(
         if result is None:
             opened = open_sampler(str(path), None, options, extractor.detector.device, PRECISIONS[precision])
             made = extractor.sampled(opened.sampler, seeds, desc=path.stem)
-            shown = {"images": opened.name, **key}
+            cost = distributed.on_first_rank(partial(training_cost, path))
+            shown = {"images": opened.name, **key, **cost}
             result = record_distance(made, reference.features, extractor.detector, shown, out)
         found.append(result)
     return found

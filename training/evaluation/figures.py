@@ -21,6 +21,9 @@ INSTALL_MATPLOTLIB = "pip install matplotlib"
 SUFFIXES = (".png", ".pdf", ".svg")
 PRDC = ("precision", "recall", "density", "coverage")
 PANEL = 3.2  # inches
+#: The length of a run in a record, its unit, and what an axis calls it.
+LENGTHS = (("kimg", 1, "kimg"), ("training_seconds", 60, "minutes of training"),
+           ("training_flops", 1e15, "PFLOP of training"))  # fmt: skip
 
 
 def check_suffix(path: Path, about: str | None = None) -> Path:
@@ -112,22 +115,29 @@ def draw_comparison(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_by_kimg(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """A distance against kimg, a line for every series of snapshots; with several trials their mean and deviation."""
-    figure = panels(2)
-    axes = figure.subplots()
-    for series in in_order([record["series"] for record in records]):
-        group = [record for record in records if record["series"] == series]
-        errors = [record.get("std", 0.0) for record in group]
-        values = [record.get("mean", record["value"]) for record in group]
-        kimg = [record["kimg"] for record in group]
-        if any(errors):
-            axes.errorbar(kimg, values, errors, fmt="o-", capsize=3, label=series)
-        else:
-            axes.plot(kimg, values, "o-", label=series)
-    axes.set_xlabel(", ".join(filter(None, ["kimg", conditions(records[0])])))
-    axes.set_ylabel(better(records[0]["metric"]))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    """A distance against kimg, a line for every series of snapshots; with several trials their mean and deviation.
+
+    Where all records say what training took, also against its seconds and operations.
+    """
+    shown = [scale for scale in LENGTHS if all(scale[0] in record for record in records)]
+    figure = panels(len(shown))
+    grid = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, (name, unit, label) in zip(grid, shown, strict=True):
+        for series in in_order([record["series"] for record in records]):
+            group = [record for record in records if record["series"] == series]
+            errors = [record.get("std", 0.0) for record in group]
+            values = [record.get("mean", record["value"]) for record in group]
+            lengths = [record[name] / unit for record in group]
+            if any(errors):
+                axes.errorbar(lengths, values, errors, fmt="o-", capsize=3, label=series)
+            else:
+                axes.plot(lengths, values, "o-", label=series)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel(better(records[0]["metric"]))
+    grid[0].legend(fontsize=7)
+    if shown_of := conditions(records[0]):
+        grid[0].set_title(shown_of, fontsize=8)
     save_figure(figure, path)
 
 
