@@ -133,8 +133,9 @@ def planned_evaluation(
 @click.option("--guidance_type", help="teacher: as --guidance_rate says; cfg: none in training, and a text-conditioned "
               "student is sampled with it, the published way, default of ms_coco (7.5); uncond: none",
               type=click.Choice(["uncond", "cfg", "teacher"]))  # fmt: skip
-@click.option("--guide", help="Teacher file of a second network, which guidance leads away from: an unconditional one, "
-              "or a worse one (autoguidance); default: the teacher without its condition", metavar="PATH")  # fmt: skip
+@click.option("--guide", help="File or registered name of a second network, which guidance leads away from: an "
+              "unconditional one, or a worse one (autoguidance); default: the teacher without its condition",
+              metavar="PATH|NAME")  # fmt: skip
 @click.option("--negative_prompt", help="Caption that guidance leads away from; default: the empty one", metavar="TEXT")
 @section("Machine")
 @precision_option

@@ -34,6 +34,8 @@ from .registry import ROWS, DatasetSpec, fetch_weights, get_row
 
 #: What describes the autoencoder of EDM2's networks on latents, those of the user too.
 EDM2_LATENTS = "edm2-img512"
+#: Loaders of files that describe their network themselves.
+DESCRIBED = ("embedded", "edm", "edm2")
 
 
 def load_teacher(
@@ -51,7 +53,7 @@ def load_teacher(
             EDM's training, or a folder of diffusers; for a data set of Stable Diffusion also a checkpoint in the
             published layout.
         device: where to put it.
-        guide_path: a teacher of one's own that guidance leads away from, in place of this one without its condition.
+        guide_path: what guidance leads away from, in place of this one without its condition; see `find_guide`.
         with_guide: whether a registered teacher comes with its guide; without guidance it is not even fetched.
 
     Raises:
@@ -82,17 +84,38 @@ def load_teacher(
     return freeze(model.to(device))
 
 
+def find_guide(guide: str | os.PathLike) -> Path:
+    """The file or folder of a teacher that guides: a registered one by its name, fetched, or as `find_model` takes it.
+
+    What is called like a registered one is ./NAME.
+
+    Raises:
+        UserError: no such model, or a registered one of another layout than those of EDM and EDM2.
+    """
+    if str(guide) not in ROWS:
+        return find_model(guide)
+    row = get_row(str(guide))
+    if row.loader not in DESCRIBED:
+        raise UserError(f"{row.name} cannot be a guide by its name; expected one of {', '.join(guides())}", "guide")
+    return fetch_weights(row)
+
+
+def guides() -> list[str]:
+    """Names of the registered teachers that can be a guide by their name."""
+    return [row.name for row in ROWS.values() if row.loader in DESCRIBED]
+
+
 def read_guide(path: str | os.PathLike, net: Precond, is_latent: bool, scaling: LatentScale | None = None) -> Precond:
     """A network that guides `net`: of the same states, and of the same classes or none.
 
     Args:
-        path: a teacher of one's own, as `load_teacher` takes it.
+        path: as `find_guide` takes it.
         is_latent, scaling: whether these states are latents, and how they are scaled, where that is known.
 
     Raises:
         UserError: it has other states or classes, or latents that are scaled in another way.
     """
-    found = find_model(path)
+    found = find_guide(path)
     guide: Precond
     if is_folder(found):
         folder = open_folder(found)
@@ -174,7 +197,7 @@ def guidance_of(dataset_name: str | None, model_path: str | os.PathLike | None =
 
 def _read_registered(row: DatasetSpec, own: Path | None = None) -> tuple[Precond, LatentSpace | None]:
     """The model of a row: the published one, or one of the user's `own` in a published layout."""
-    if row.loader in ("embedded", "edm", "edm2"):
+    if row.loader in DESCRIBED:
         path = fetch_weights(row)
         net, scale = _read_own_teacher(path)
         if (scale is None) != (row.codec is None):

@@ -16,7 +16,7 @@ from solvers import SamplingPlan
 from torch_utils.graphs import Graphs
 
 from .latent import pick_decode_precision
-from .loading import guidance_of, load_student, load_teacher, load_teacher_of, read_sampling, teacher_digest
+from .loading import find_guide, guidance_of, load_student, load_teacher, load_teacher_of, read_sampling, teacher_digest
 from .model import SamplingSettings, Student
 from .paths import digest_of, find_model, is_teacher_file
 from .prompts import given_prompts, prompts_for
@@ -115,7 +115,7 @@ def open_sampler(
         name = f"{'teacher' if path is None else path.stem}-{effective.solver}"
         identity = {key: value for key, value in asdict(effective).items() if key not in NOT_OF_ALL}
         if options.guide is not None:
-            identity["guide"] = digest_of(options.guide)
+            identity["guide"] = digest_of(find_guide(options.guide))
     else:
         model = load_student(path, device, teacher_path)
         _check_student(model.sampling, dataset_name, options)

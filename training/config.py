@@ -154,7 +154,7 @@ class DistillConfig:
             negative_prompt=self.negative_prompt,
             teacher_path=None if self.is_second_stage or self.model_path is None else os.path.abspath(self.model_path),
             teacher_sha256=None if self.is_second_stage else self.teacher_sha256,
-            guide_path=None if self.guide is None else os.path.abspath(self.guide),
+            guide_path=self.guide,
         )
 
     def run_name(self, desc: str | None = None) -> str:
@@ -307,7 +307,8 @@ def settle(config: DistillConfig) -> DistillConfig:
     if source is not None:
         config = follow_teacher(config, source)
     if config.guide is not None:
-        config = replace(config, guide=absolute(find_model(config.guide)))
+        guide = config.guide if config.guide in ROWS else absolute(find_model(config.guide))
+        config = replace(config, guide=guide)
     if config.model_path is None:
         return replace(config, teacher_sha256=embedded_digest(config.dataset_name))
     path = find_model(config.model_path) if source is None else find_student(config.model_path)

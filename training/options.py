@@ -116,7 +116,8 @@ solver_options = combined(
     click.option("--schedule_rho", help="Teacher: exponent of the schedule; default: 7",
                  type=Real(0, 1000, min_open=True)),
     click.option("--afs", help="Teacher: analytical first step; default: False", type=bool),
-    click.option("--guide", help="Teacher: file of a second network, which guidance leads away from", metavar="PATH"),
+    click.option("--guide", help="Teacher: file or registered name of a second network, which guidance leads away from",
+                 metavar="PATH|NAME"),
     click.option("--denoise_to_zero", help="Teacher: one more evaluation, from sigma_min to 0; default: with heun",
                  type=bool),
 )  # fmt: skip

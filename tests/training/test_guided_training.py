@@ -1,6 +1,7 @@
 """A guided teacher, and a student that needs no guidance: trajectories, settings, counts, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import (
     only_run,
     pixels,
     run_dirs,
+    same,
     second_stage,
     shared_folder,
     teacher,
@@ -22,8 +24,10 @@ from tiny import (
 
 from dnnlib import UserError
 from models import load_student, load_teacher
+from models.loading import load_teacher_of
+from models.registry import get_row
 from solvers import solve
-from training.config import DistillConfig, check, describe
+from training.config import DistillConfig, check, describe, settle
 from training.cost import estimate, flops_per_evaluation, run_cost
 from training.distill import Teacher, load_source
 from training.loop import load_models
@@ -206,6 +210,29 @@ def test_an_unconditional_teacher_is_guided_by_another_network_alone(guide, tmp_
     assert (
         "NFE 70," in invoke("sample", *flags(SAMPLE, options, num_steps=18, denoise_to_zero=True, guide=guide)).output
     )
+
+
+def test_a_registered_teacher_guides_by_its_name(tmp_path, monkeypatch):
+    """Wherever the command runs, and in the student's file, whose teacher is guided by the same afterwards."""
+    monkeypatch.chdir(tmp_path)
+    Path("emoji32").mkdir()  # a file of that name would be ./emoji32
+    settings = settle(config(dataset_name="emoji32-cond", model_path=None, guide="emoji32"))
+    teacher, student = load_models(settings, CPU)
+    by_path = load_teacher("emoji32-cond", None, guide_path=get_row("emoji32").path)
+    assert same(teacher.model.guide.state_dict(), by_path.guide.state_dict())
+    assert settings.guide == student.sampling.guide_path == "emoji32"
+    assert load_teacher_of(student, "student").guide is not None
+    options = dict(
+        model_path="teacher",
+        dataset_name="emoji32-cond",
+        guidance_rate=2,
+        seeds="0-1",
+        solver="dpmpp",
+        num_steps=3,
+        outdir="out",
+    )
+    assert "NFE 4," in invoke("sample", *flags(SAMPLE, options, guide="emoji32")).ok().output
+    invoke("sample", *flags(SAMPLE, options, guide="lsun_bedroom")).refused("--guide: lsun_bedroom cannot be a guide")
 
 
 def test_a_missing_guide_is_one_line(tmp_path):
