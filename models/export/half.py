@@ -13,10 +13,13 @@ from dnnlib import UserError
 from torch_utils.checkpoint import read_network, save_network
 
 from ..loading import find_model
+from .student import without_folders
 
 
 def to_half(model_path: str, dest: Path) -> Path:
     """Write a student, or a teacher of `training.pretrain`, with float16 weights and its settings; returns its file.
+
+    What it was trained from is named without its folder; the place of a teacher, which comparisons need, stays.
 
     Raises:
         UserError: no such model, one of other people, or a weight beyond half precision (65504).
@@ -33,5 +36,5 @@ def to_half(model_path: str, dest: Path) -> Path:
     for name, half in halves.items():
         if not half.isfinite().all():
             raise UserError(f"{source} holds {tensors[name].abs().max():g} in {name}; half precision ends at 65504")
-    save_network(dest, halves, settings)
+    save_network(dest, halves, without_folders(settings, "training"))
     return source

@@ -23,6 +23,9 @@ from ..registry import ROWS
 from ..sampling import Sampler, student_sampler
 from .fold import fold_step_condition
 
+#: Settings that say where a file was, in the sections `training` and `sampling`.
+PLACES = ("model_path", "guide", "teacher_path", "guide_path")
+
 
 @dataclass(frozen=True)
 class OpenedStudent:
@@ -81,6 +84,16 @@ def open_student(model_path: str, num_steps: int | None = None) -> OpenedStudent
     sampler = student_sampler(model, num_steps)
     net = fold_step_condition(model.net, len(sampler.sigmas)) if sampler.step_condition is not None else model.net
     return OpenedStudent(model, net, sampler, path)
+
+
+def without_folders(settings: dict[str, Any], *sections: str) -> dict[str, Any]:
+    """Settings of a network's file for other machines: in these sections, files by their names alone."""
+    found = {name: settings[name] for name in sections if isinstance(settings.get(name), dict)}
+    return settings | {name: section | _file_names(section) for name, section in found.items()}
+
+
+def _file_names(section: dict[str, Any]) -> dict[str, str]:
+    return {name: Path(section[name]).name for name in PLACES if isinstance(section.get(name), str)}
 
 
 @contextmanager

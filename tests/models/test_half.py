@@ -23,7 +23,9 @@ def halved(model_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["plain", "classes", "variable"])
 def test_a_student_keeps_its_settings_and_its_weights_up_to_rounding(kind):
     path = halved(student(kind))
-    assert read_settings(path) == read_settings(newest_student(student(kind)))
+    expected = read_settings(newest_student(student(kind)))
+    expected["training"]["model_path"] = Path(expected["training"]["model_path"]).name
+    assert read_settings(path) == expected
     whole, half = weights(student(kind)), weights(path)
     assert half.keys() == whole.keys() and any(not torch.equal(half[name], whole[name]) for name in whole)
     for name, values in whole.items():

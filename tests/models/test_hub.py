@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from test_export import ADM, edm_student, latent_student
 from test_export import published as published  # a fixture
-from tiny import NETWORK, ROOT, invoke
+from test_reference_students import make, write
+from tiny import NETWORK, ROOT, invoke, same
 
 from dnnlib import sha256_of
+from models import load_student
 from models.export.card import how_to_sample_program, write_card
 from models.export.student import open_student
+from torch_utils.checkpoint import read_network, read_settings, save_network
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -94,6 +97,37 @@ def test_a_student_and_its_card_are_sent(hub):
     card = files["README.md"].decode()
     assert card.startswith("---\nlicense: other\n") and 'hf_hub_download("me/test", "student.safetensors")' in card
     assert hub.seen[0][0] == "/api/repos/create" and "private" in hub.seen[0][2]
+
+
+def test_no_folder_of_this_machine_is_sent(hub, tmp_path):
+    """Nor is it in what `half` writes, but for the teacher's; the weights stay, also half ones."""
+    home = tmp_path / "home" / "me"
+    home.mkdir(parents=True)
+    path = edm_student(home / "student.safetensors", NETWORK)
+    tensors, settings = read_network(path)
+    settings["training"] = {"model_path": str(home / "run" / "x.safetensors"), "guide": str(home / "guide.pkl"), "M": 3}
+    settings["sampling"] |= {"teacher_path": str(home / "teacher.safetensors"), "guide_path": str(home / "guide.pkl")}
+    save_network(path, tensors, settings)
+    invoke("models.export", "half", f"--model_path={path}", "--dest=half.safetensors").ok()
+    half = read_settings("half.safetensors")
+    assert half["training"] == {"model_path": "x.safetensors", "guide": "guide.pkl", "M": 3}
+    assert half["sampling"] == settings["sampling"]
+    for source in (path, Path("half.safetensors")):
+        hub.seen.clear()
+        invoke("models.export", "hub", f"--model_path={source}", "--repo=me/test").ok()
+        Path("sent.safetensors").write_bytes(sent(hub)["student.safetensors"])
+        found = read_settings("sent.safetensors")
+        assert str(home) not in json.dumps(found) and found["sampling"]["teacher_path"] == "teacher.safetensors"
+        assert same(read_network("sent.safetensors")[0], read_network(source)[0])
+        assert abs(Path("sent.safetensors").stat().st_size - source.stat().st_size) < 1000
+
+
+def test_a_student_of_the_published_code_is_sent_as_one_of_ours(hub):
+    path = write(Path("student.pkl"), make())
+    invoke("models.export", "hub", f"--model_path={path}", "--repo=me/test").ok()
+    Path("sent.safetensors").write_bytes(sent(hub)["student.safetensors"])
+    sent_one, own = load_student("sent.safetensors"), load_student(path)
+    assert same(sent_one.state_dict(), own.state_dict()) and sent_one.sampling == own.sampling
 
 
 def test_what_the_hub_refuses_is_one_line(hub, monkeypatch):
