@@ -197,8 +197,8 @@ quickstart installs, distils the embedded teacher, samples and compares: 7 minut
 emoji32 took 28 minutes on one such core, and 81 on one without. FID (50k images, num_steps 4 to 7 of SFD-v in this
 order) and A100 hours are those of the paper (arXiv 2409.19681), the hours of a second stage with the model that it
 starts from; "-": none published. 24 GB hold: so many samples at a time (estimated); --batch-gpu=auto finds it out and
-accumulates. Guidance doubles the NFE
-of ms_coco. `test --slow` runs all tests; `gpu-check` says in ten minutes what is right on a GPU, and what it takes.
+accumulates. Guidance doubles the NFE of ms_coco. `test --slow` runs all tests; `gpu-check` says in ten minutes what is
+right on a GPU, and what it takes.
 END
 }
 
