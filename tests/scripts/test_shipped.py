@@ -90,8 +90,10 @@ def test_the_rows_are_those_that_the_quickstart_asks_for(precision):
 
 def test_the_tables_are_of_these_rows():
     table = (ASSETS / "metrics.md").read_text(encoding="utf-8")
-    for (label, nfe), row in shipped().items():
-        assert f"| {label} | {nfe} | {row['value']:.4g} |" in table
+    assert any(
+        all(f"| {label} | {nfe} | {row['value']:.4g} |" in table for (label, nfe), row in shipped(precision).items())
+        for precision in make_student.PRECISIONS
+    )
     for preset, (_, label) in make_student.STUDENTS.items():
         own = re.findall(rf"^\| {label} \| \d \| ([\d.]+) \|", table, re.M)
         assert [float(fd) for fd in find_preset(preset).fd.split("/")] == pytest.approx(list(map(float, own)), abs=0.1)
