@@ -23,8 +23,8 @@ from ..registry import ROWS
 from ..sampling import Sampler, student_sampler
 from .fold import fold_step_condition
 
-#: Settings that say where a file was, in the sections `training` and `sampling`.
-PLACES = ("model_path", "guide", "teacher_path", "guide_path")
+#: Settings that say where a file was, in the sections `training` (of teachers too) and `sampling`.
+PLACES = ("model_path", "guide", "teacher_path", "guide_path", "data", "transfer")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ def test_a_teacher_is_taken_too():
     invoke("train", f"--model_path={Path('half.safetensors').resolve()}", "--dry-run").ok()
 
 
+def test_a_teacher_does_not_say_where_its_images_were():
+    tensors, settings = read_network(teacher())
+    save_network("own.safetensors", tensors, {**settings, "training": {"data": "/home/me/photos.zip", "kimg": 2}})
+    assert read_settings(halved(Path("own.safetensors")))["training"] == {"data": "photos.zip", "kimg": 2}
+
+
 def test_what_cannot_be_halved_is_one_line():
     def refused(words: str, model_path: Path | str, dest: str = "x.safetensors") -> None:
         invoke("models.export", "half", f"--model_path={model_path}", f"--dest={dest}").refused(words)
